@@ -1,0 +1,83 @@
+"""CPU work from async Python where multiprocessing does not work, first of all in AWS Lambda."""
+
+# The door is lazy: a name is loaded at its first use (PEP 562), because handlers pay for imports
+# at a cold start, and workers walk through here too.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._default import map_cpu, prepare, run_blocking, run_cpu, set_default_executor
+    from ._errors import (
+        AsynclamError,
+        ExecutorClosedError,
+        JobExitError,
+        PayloadError,
+        WorkerDiedError,
+        WorkerStartError,
+    )
+    from ._executor import Executor, Statistics
+    from ._handler import lambda_handler, state
+    from ._memory import SharedBuffer
+    from ._streams import Stream, map_io
+
+_HOMES = {
+    "AsynclamError": "_errors",
+    "Executor": "_executor",
+    "ExecutorClosedError": "_errors",
+    "JobExitError": "_errors",
+    "PayloadError": "_errors",
+    "SharedBuffer": "_memory",
+    "Statistics": "_executor",
+    "Stream": "_streams",
+    "WorkerDiedError": "_errors",
+    "WorkerStartError": "_errors",
+    "lambda_handler": "_handler",
+    "map_cpu": "_default",
+    "map_io": "_streams",
+    "prepare": "_default",
+    "run_blocking": "_default",
+    "run_cpu": "_default",
+    "set_default_executor": "_default",
+    "state": "_handler",
+}
+
+__all__ = [
+    "AsynclamError",
+    "Executor",
+    "ExecutorClosedError",
+    "JobExitError",
+    "PayloadError",
+    "SharedBuffer",
+    "Statistics",
+    "Stream",
+    "WorkerDiedError",
+    "WorkerStartError",
+    "lambda_handler",
+    "map_cpu",
+    "map_io",
+    "prepare",
+    "run_blocking",
+    "run_cpu",
+    "set_default_executor",
+    "state",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("asynclam")
+    if name == "s3":
+        from importlib import import_module
+
+        return import_module(".s3", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", "s3"])

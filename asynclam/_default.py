@@ -1,0 +1,116 @@
+"""The process-wide default executor, and the functions that use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar, overload
+
+from ._executor import Executor
+from ._streams import AnyIterable, Stream
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_executor: Executor | None = None
+
+
+def default_executor() -> Executor:
+    """The executor that the module-level functions use; made at the first call."""
+    global _executor
+    if _executor is None:
+        _executor = Executor()
+    return _executor
+
+
+def set_default_executor(executor: Executor | None) -> None:
+    """Makes ``executor`` the one that ``run_cpu``, ``run_blocking`` and ``map_cpu`` use.
+
+    The one before is neither closed nor killed. ``None``: a new one with default settings, at the
+    next call.
+
+    Raises:
+        TypeError: it is no Executor.
+    """
+    if executor is not None and not isinstance(executor, Executor):
+        raise TypeError(f"set_default_executor() takes an Executor, got {type(executor).__name__}")
+    global _executor
+    _executor = executor
+
+
+def prepare() -> None:
+    """Starts the fork server now, as long as this process is small and has a single thread.
+
+    Call it at the end of the imports, before threads and connections are made: the workers then
+    have all that is imported, and each starts in about a millisecond. Without it the first job
+    does the same. Calling it again does nothing.
+
+    Raises:
+        OSError: it could not be started.
+    """
+    default_executor().prepare()
+
+
+async def run_cpu(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs ``fn`` in a worker process and returns its result; see :meth:`Executor.run_cpu`.
+
+    A cancel stops the work.
+    """
+    return await default_executor().run_cpu(fn, *args, **kwargs)
+
+
+async def run_blocking(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs a blocking function in a thread; see :meth:`Executor.run_blocking`.
+
+    A cancel abandons the thread.
+    """
+    return await default_executor().run_blocking(fn, *args, **kwargs)
+
+
+@overload
+def map_cpu(
+    fn: Callable[..., T],
+    /,
+    *iterables: AnyIterable,
+    limit: int | None = None,
+    ordered: bool = True,
+    chunksize: int | None = None,
+    return_exceptions: Literal[False] = False,
+) -> Stream[T]: ...
+@overload
+def map_cpu(
+    fn: Callable[..., T],
+    /,
+    *iterables: AnyIterable,
+    limit: int | None = None,
+    ordered: bool = True,
+    chunksize: int | None = None,
+    return_exceptions: bool,
+) -> Stream[T | BaseException]: ...
+def map_cpu(
+    fn: Callable[..., Any],
+    /,
+    *iterables: AnyIterable,
+    limit: int | None = None,
+    ordered: bool = True,
+    chunksize: int | None = None,
+    return_exceptions: bool = False,
+) -> Stream[Any]:
+    """Runs ``fn`` in workers for the items of the iterables; see :meth:`Executor.map_cpu`."""
+    return default_executor().map_cpu(
+        fn,
+        *iterables,
+        limit=limit,
+        ordered=ordered,
+        chunksize=chunksize,
+        return_exceptions=return_exceptions,
+    )
+
+
+def _forget_in_child() -> None:
+    global _executor
+    _executor = None  # it is the parent's; a forked process makes one of its own
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

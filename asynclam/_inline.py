@@ -1,0 +1,82 @@
+"""The pool of ``max_workers=0``: jobs run in this process, with the same pickling.
+
+For debuggers, coverage and in-process mocks, and where nothing can be forked. A job blocks the loop
+as long as it runs; it cannot be cancelled, for it has ended before anybody could.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from . import _wire, _worker
+from ._errors import PayloadError
+from ._job import Job
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future
+
+    from ._call import Call
+
+
+class InlinePool:
+    """Has the verbs of :class:`asynclam._pool.Pool`, and no workers."""
+
+    alive = queued = deaths = 0
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self.loop = loop
+        self.completed = 0
+
+    def submit(self, call: Call) -> Job:
+        """Runs the call and settles it, before it returns."""
+        job = Job(call, self.loop.create_future())
+        reply = self._run(job)
+        if reply.kind == _wire.REFUSED:
+            try:
+                call.turn_to_value(reply.body.decode())
+            except PayloadError as error:
+                job.fail(error)
+                return job
+            reply = self._run(job)
+        self.completed += 1
+        job.receive(reply, os.getpid())
+        return job
+
+    def _run(self, job: Job) -> _wire.Frame:
+        frame = _received(job.call.frame(job.number), job.call.descriptors)
+        kind, number, parts, *rest = _worker.run(frame, begin=lambda number: None)
+        frame.close()
+        flags, payload = rest or (0, None)
+        descriptors = payload.descriptors if payload else []
+        buffers = _wire.encode(kind, number, parts, flags=flags, descriptors=len(descriptors))
+        reply = _received(buffers, descriptors)
+        if payload:
+            payload.close()
+        return reply
+
+    def cancel(self, job: Job) -> None:
+        """Does nothing: the job has ended."""
+
+    def attach(self, loop: AbstractEventLoop) -> None:
+        """Moves to another loop."""
+        self.loop = loop
+
+    def close(self) -> Future[None]:
+        """Nothing is left to wait for."""
+        done = self.loop.create_future()
+        done.set_result(None)
+        return done
+
+    def kill(self) -> None:
+        """Nothing is left to kill."""
+
+    def count(self, state: str) -> int:
+        """There are no workers."""
+        return 0
+
+
+def _received(buffers: list[_wire.Part], descriptors: list[int]) -> _wire.Frame:
+    """The frame as a receiver would have it, with descriptors of its own."""
+    copies = [os.dup(descriptor) for descriptor in descriptors]
+    return _wire.decode(b"".join(buffers), copies)
