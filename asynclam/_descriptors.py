@@ -97,7 +97,9 @@ _ANCILLARY = socket.CMSG_SPACE(253 * array.array("i").itemsize)  # SCM_MAX_FD of
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # not on macOS
 
 
-def send(sock: socket.socket, parts: list[Part], descriptors: Sequence[int], flags: int = 0) -> int:
+def send(
+    sock: socket.socket, parts: Sequence[Part], descriptors: Sequence[int], flags: int = 0
+) -> int:
     """Sends as much of ``parts`` as there is room for, the descriptors with the first byte of it.
 
     Raises:

@@ -507,7 +507,8 @@ def _become_worker(recipe: Recipe, frame: _wire.Frame) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setpgid(0, 0)
         after_fork()
-        channel, page = frame.descriptors or ()
+        assert frame.descriptors
+        channel, page = frame.descriptors
         _descriptors.private(channel)
         marks = Marks(map_segment(page))
         os.close(page)

@@ -105,10 +105,11 @@ def _dumps(obj: object, dump: Callable[..., bytes]) -> Payload:
 
 def _lay_out(data: bytes, buffers: list[memoryview]) -> list[_wire.Part]:
     """Parts: how many lengths, the lengths of the pickle and the buffers, and these, aligned."""
-    lengths = [len(data), *(buffer.nbytes for buffer in buffers)]
+    contents: list[_wire.Part] = [data, *buffers]
+    lengths = list(map(len, contents))
     parts: list[_wire.Part] = [struct.pack(f"<Q{len(lengths)}Q", len(lengths), *lengths)]
     position = len(parts[0])
-    for part in (data, *buffers):
+    for part in contents:
         padding = -position % ALIGNMENT
         if padding:
             parts.append(bytes(padding))

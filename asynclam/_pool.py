@@ -196,8 +196,9 @@ class Pool:
 
     def _release(self, worker: _Worker) -> None:
         """Takes the job from a worker that has replied, and gives it the next one."""
-        if worker.job is not None:
-            worker.job.worker = worker.job = None
+        job, worker.job = worker.job, None
+        if job is not None:
+            job.worker = None
             self.completed += 1
         if worker.orphan:
             self._bury(worker)

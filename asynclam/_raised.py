@@ -78,7 +78,7 @@ def _dump(obj: object) -> bytes:
 
 
 def _dump_with(pickler: Any, obj: object) -> bytes:
-    class Pickler(pickler):
+    class Pickler(pickler):  # type: ignore[misc]
         causes = 0
 
         def reducer_override(self, obj: Any) -> Any:
@@ -98,8 +98,9 @@ def _reduce(error: BaseException, *, with_cause: bool) -> Any:
     if _reduces_itself(kind) and _survives(error):
         return NotImplemented
     base = _builtin_base(kind)
-    reduced = base.__reduce__(error)
-    args, attributes = reduced[1], (reduced[2] if len(reduced) > 2 else None) or {}
+    reduced: Any = base.__reduce__(error)
+    args: tuple[Any, ...] = reduced[1]
+    attributes: dict[str, Any] = (reduced[2] if len(reduced) > 2 else None) or {}
     return _create, (
         kind,
         base,

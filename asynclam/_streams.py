@@ -271,19 +271,20 @@ class _Engine:
     async def next(self) -> tuple[int, list[Any]] | None:
         """The next batch with its index, or ``None`` after the last."""
         try:
-            while True:
+            while not self.ended:
                 if self._failure is not None:
                     raise self._failure
                 future = self._ready()
                 if future is not None:
                     return self._outcome(future)
-                if self.ended or (self._exhausted and not self._running):
-                    await self.close()
-                    return None
+                if self._exhausted and not self._running:
+                    break
                 await self._wait()
+            await self.close()
         except BaseException:
             await self.close()
             raise
+        return None
 
     def _outcome(self, future: Future) -> tuple[int, list[Any]]:
         index, length = self._running.pop(future)
@@ -313,6 +314,7 @@ class _Engine:
     async def close(self) -> None:
         """Cancels the pump and what is under way, and waits until they have ended."""
         self.ended = True
+        self._wake()
         under_way = self._cancel()
         if under_way:
             await asyncio.wait(under_way)
@@ -320,7 +322,8 @@ class _Engine:
         self._done.clear()
 
     def _cancel(self) -> list[asyncio.Future[Any]]:
-        under_way = [future for future in (self._pump, *self._running) if not future.done()]
+        candidates: list[asyncio.Future[Any]] = [self._pump, *self._running]
+        under_way = [future for future in candidates if not future.done()]
         for future in under_way:
             future.cancel()
         return under_way

@@ -1,0 +1,10 @@
+"""``python -m asynclam``, and the command ``asynclam``."""
+
+from __future__ import annotations
+
+import sys
+
+from asynclam._cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What every test is run on and held to: both event loops, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from asynclam import _default, _forkserver
+from tests.parts.gate import Gate
+
+# libuv makes the pipe for its signals with its first loop, and keeps it.
+uvloop.new_event_loop().close()
+
+_unhandled: list[dict[str, object]] = []
+
+
+def _watched(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
+    loop = new_loop()
+    loop.set_exception_handler(lambda _, context: _unhandled.append(context))
+    return loop
+
+
+def _stock_loop() -> asyncio.AbstractEventLoop:
+    return _watched(asyncio.new_event_loop)
+
+
+def _uvloop() -> asyncio.AbstractEventLoop:
+    return _watched(uvloop.new_event_loop)
+
+
+def pytest_asyncio_loop_factories(config, item):
+    return {"asyncio": _stock_loop, "uvloop": _uvloop}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No descriptor, no process and no unhandled exception of a loop outlives its test."""
+    _unhandled.clear()
+    descriptors = _descriptors()
+    children = _children()
+    yield
+    if _default._executor is not None:
+        _default._executor.kill()
+        _default.set_default_executor(None)
+    _forkserver.stop()
+    gc.collect()
+    assert not _unhandled
+    assert _children() == children
+    left = {fd: file for fd, file in _descriptors().items() if descriptors.get(fd) != file}
+    assert not left
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            file = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # that of the listing itself
+            continue
+        found[int(name)] = file
+    return found
+
+
+def _children() -> set[int]:
+    """All processes below this one."""
+    parents = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{name}/stat").read_text()
+        except OSError:  # ended meanwhile
+            continue
+        parents[int(name)] = int(stat.rpartition(")")[2].split()[1])
+    below = {os.getpid()}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in below} | below
+        if more == below:
+            return below - {os.getpid()}
+        below = more
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    with tempfile.TemporaryDirectory(prefix="gate-") as directory:
+        gate = Gate(directory)
+        yield gate
+        gate.close()

@@ -1,0 +1,124 @@
+"""The layout tells the architecture: arrows point down, and the door is lazy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asynclam
+
+PACKAGE = Path(asynclam.__file__).parent
+
+# Each room, and those it may import. A room that is not here fails the test.
+ARROWS = {
+    "_errors": set(),
+    "_wire": set(),
+    "_environment": set(),
+    "_memory": set(),
+    "_descriptors": {"_wire"},
+    "_payload": {"_wire", "_memory"},
+    "_call": {"_payload", "_wire", "_errors"},
+    "_raised": {"_errors"},
+    "_worker": {"_call", "_descriptors", "_payload", "_raised", "_wire", "_errors"},
+    "_forkserver": {"_descriptors", "_memory", "_wire", "_worker"},
+    # ---- the asyncio line: nothing above this comment imports asyncio or anyio ----
+    "_channel": {"_descriptors", "_wire", "_worker"},
+    "_job": {"_call", "_payload", "_raised", "_wire", "_errors"},
+    "_pool": {"_call", "_channel", "_errors", "_forkserver", "_job", "_memory", "_wire", "_worker"},
+    "_inline": {"_call", "_errors", "_job", "_wire", "_worker"},
+    "_streams": {"_call", "_errors"},
+    "_threads": set(),
+    "_executor": {
+        "_call", "_environment", "_errors", "_forkserver", "_inline", "_job", "_payload", "_pool",
+        "_streams", "_threads", "_wire",
+    },
+    "_default": {"_executor", "_streams"},
+    "_handler": {"_call", "_default", "_executor"},
+    "s3": {"_default", "_memory", "_streams"},
+    "_cli": {"_demo"},
+    "__main__": {"_cli"},
+    "__init__": {"_default", "_errors", "_executor", "_handler", "_memory", "_streams"},
+}  # fmt: skip
+BELOW_ASYNCIO = list(ARROWS)[: list(ARROWS).index("_channel")]
+
+
+def own_imports(path: Path) -> set[str]:
+    """The rooms that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {n.name for n in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_arrows_point_down(path):
+    """A module imports only the rooms that the layout gives it, and none above it."""
+    allowed = ARROWS[path.stem]
+    assert own_imports(path) <= allowed
+    order = list(ARROWS)
+    if path.stem != "__init__":
+        assert all(order.index(room) < order.index(path.stem) for room in allowed - {"_demo"})
+
+
+@pytest.mark.parametrize("room", BELOW_ASYNCIO)
+def test_no_asyncio_below_the_line(room):
+    """What a worker imports loads neither asyncio nor anyio."""
+    loaded = run(f"import asynclam.{room}, sys; print(*sys.modules)")
+    assert not {"asyncio", "anyio", "multiprocessing", "concurrent.futures"} & loaded
+
+
+def test_the_door_is_lazy():
+    """``import asynclam`` loads none of its rooms, and nothing heavy."""
+    loaded = run("import asynclam, sys; print(*sys.modules)")
+    assert {name for name in loaded if name.startswith("asynclam")} == {"asynclam"}
+    assert not {"asyncio", "typing", "socket", "pickle"} & loaded
+
+
+def test_a_job_does_not_load_anyio():
+    """``run_cpu`` alone loads no anyio, cloudpickle or multiprocessing."""
+    loaded = run(
+        "import asyncio, sys, asynclam\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(asynclam.run_cpu(abs, -1)); print(*sys.modules)"
+    )
+    assert not {"anyio", "cloudpickle", "multiprocessing", "aiobotocore", "uvloop"} & loaded
+
+
+def run(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded, as ``code`` prints them."""
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{code}"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_exports_agree():
+    """``__all__``, the table of homes and what can be imported are the same names."""
+    assert sorted(asynclam._HOMES) == asynclam.__all__
+    for name in asynclam.__all__:
+        value = getattr(asynclam, name)
+        assert value.__doc__, f"{name} has no docstring"
+    assert set(dir(asynclam)) == {*asynclam.__all__, "__version__", "s3"}
+
+
+def test_an_unknown_name():
+    """A name that does not exist is an AttributeError, as of any module."""
+    with pytest.raises(AttributeError, match="no_such_name"):
+        asynclam.no_such_name  # noqa: B018
+
+
+def test_version():
+    """The version is that of the installed package."""
+    assert asynclam.__version__.count(".") >= 2
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_multiprocessing(path):
+    """Nothing in the package imports multiprocessing, whose locks are semaphores."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )  # fmt: skip
+        assert not [name for name in names if name.startswith(("multiprocessing", "_multiprocessing"))]

@@ -1,0 +1,312 @@
+"""Streams: order, read-ahead, errors and ends, over futures that the test settles itself."""
+
+import asyncio
+import gc
+
+import pytest
+
+from asynclam import JobExitError, map_io
+from asynclam._streams import Stream
+
+
+class Work:
+    """Starts nothing: the test settles each call by its items, when it likes."""
+
+    def __init__(self):
+        self.futures = {}
+        self.most = 0
+
+    def start(self, batch):
+        future = asyncio.get_running_loop().create_future()
+        self.futures[tuple(args[0] for args in batch)] = future
+        self.most = max(self.most, sum(not future.done() for future in self.futures.values()))
+        return future
+
+    def stream(self, *iterables, limit=4, size=1, ordered=True, return_exceptions=False):
+        return Stream(
+            "map_cpu",
+            iterables,
+            self.start,
+            limit,
+            size=size,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+        )
+
+    async def started(self, *items):
+        while items not in self.futures:
+            await asyncio.sleep(0)
+        return self.futures[items]
+
+    async def finish(self, *items):
+        (await self.started(*items)).set_result([f"r{item}" for item in items])
+
+
+async def idle():
+    """Lets everything run that can run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+class Source:
+    """An async iterable that knows how far it was read and whether it was closed."""
+
+    def __init__(self, count, error=None):
+        self.count, self.error = count, error
+        self.read = 0
+        self.closed = False
+
+    async def __aiter__(self):
+        try:
+            while self.read < self.count:
+                self.read += 1
+                yield self.read
+            if self.error:
+                raise self.error
+        finally:
+            self.closed = True
+
+
+async def test_await_is_a_list_in_input_order():
+    """``await`` gives a list in the order of the input, however the work ends."""
+    work = Work()
+    task = asyncio.ensure_future(work.stream([1, 2, 3], ordered=False).list())
+    for item in (3, 1, 2):
+        await work.finish(item)
+    assert await task == ["r1", "r2", "r3"]
+
+
+async def test_ordered_stream():
+    """An ordered stream waits for the first."""
+    work = Work()
+    stream = work.stream([1, 2])
+    first = asyncio.ensure_future(anext(stream))
+    await work.finish(2)
+    await idle()
+    assert not first.done()
+    await work.finish(1)
+    assert await first == "r1"
+    assert await anext(stream) == "r2"
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_unordered_stream():
+    """An unordered stream gives what is done."""
+    work = Work()
+    stream = work.stream([1, 2], ordered=False)
+    first = asyncio.ensure_future(anext(stream))
+    await work.finish(2)
+    assert await first == "r2"
+    await work.finish(1)
+    assert [result async for result in stream] == ["r1"]
+
+
+async def test_nothing_starts_before_it_is_used():
+    """Making a stream reads nothing and starts nothing."""
+    work, source = Work(), Source(3)
+    stream = work.stream(source)
+    await idle()
+    assert (source.read, work.futures) == (0, {})
+    await stream.aclose()
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1, 1), (3, 1), (4, 2), (5, 2)])
+async def test_never_reads_further_ahead_than_limit(limit, size):
+    """Items read and not delivered are never more than ``limit``, batches included."""
+    work, source = Work(), Source(20)
+    stream = work.stream(source, limit=limit, size=size, ordered=False)
+    first = asyncio.ensure_future(anext(stream))
+    await idle()
+    ahead = limit // size * size
+    assert source.read == ahead
+    for future, items in [(future, items) for items, future in work.futures.items()]:
+        future.set_result([f"r{item}" for item in items])
+    await first
+    await idle()
+    # One is delivered: there is room for another batch as soon as a whole one was taken.
+    assert source.read == ahead + (1 if size == 1 else 0 if limit % size == 0 else 2)
+    await stream.aclose()
+    assert source.closed
+
+
+async def test_the_first_error_cancels_the_rest():
+    """The first error is raised at once; what is under way is cancelled, the source closed."""
+    work, source = Work(), Source(10)
+    stream = work.stream(source)
+    first = asyncio.ensure_future(anext(stream))
+    (await work.started(3)).set_exception(ValueError("third"))
+    with pytest.raises(ValueError, match="third"):
+        await first
+    assert all(future.cancelled() for items, future in work.futures.items() if items != (3,))
+    assert source.closed
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_return_exceptions():
+    """With ``return_exceptions`` an error is the result of its item, and nothing is cancelled."""
+    work = Work()
+    task = asyncio.ensure_future(work.stream([1, 2], return_exceptions=True).list())
+    error = ValueError("first")
+    (await work.started(1)).set_exception(error)
+    await work.finish(2)
+    assert await task == [error, "r2"]
+
+
+async def test_an_error_of_a_batch_is_that_of_each_item():
+    """A batch that fails as a whole gives its error for each of its items."""
+    work = Work()
+    task = asyncio.ensure_future(work.stream([1, 2, 3], size=2, return_exceptions=True).list())
+    error = ValueError("both")
+    (await work.started(1, 2)).set_exception(error)
+    await work.finish(3)
+    assert await task == [error, error, "r3"]
+
+
+async def test_an_error_of_the_source():
+    """What the source raises is raised, and what is under way cancelled."""
+    work = Work()
+    stream = work.stream(Source(1, RuntimeError("source")))
+    with pytest.raises(RuntimeError, match="source"):
+        await stream
+    assert all(future.cancelled() for future in work.futures.values())
+
+
+async def test_an_error_of_the_start():
+    """What cannot be started (an unpicklable item) ends the stream as an error does."""
+
+    def start(batch):
+        raise ValueError("cannot start")
+
+    source = Source(3)
+    stream = Stream(
+        "map_cpu", (source,), start, 4, size=1, ordered=True, return_exceptions=False
+    )
+    with pytest.raises(ValueError, match="cannot start"):
+        await stream
+    assert source.closed
+
+
+async def test_leaving_early():
+    """``async with`` cancels what is not done, and closes the source."""
+    work, source = Work(), Source(10)
+    async with work.stream(source) as stream:
+        first = asyncio.ensure_future(anext(stream))
+        await work.finish(1)
+        assert await first == "r1"
+    assert source.closed
+    assert all(future.done() for future in work.futures.values())
+
+
+async def test_cancelling_the_consumer():
+    """A cancel of whoever waits cancels the work, and is a cancel."""
+    work, source = Work(), Source(10)
+    task = asyncio.ensure_future(work.stream(source).list())
+    await work.started(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert source.closed
+    assert all(future.cancelled() for future in work.futures.values())
+
+
+async def test_work_that_cancels_itself():
+    """A call that ends cancelled by itself is an error of the call, not a cancel of the consumer."""
+    work = Work()
+    task = asyncio.ensure_future(work.stream([1]).list())
+    (await work.started(1)).cancel()
+    with pytest.raises(JobExitError):
+        await task
+
+
+async def test_dropped_unfinished():
+    """A stream that is dropped is cancelled, with a ResourceWarning that says what to write."""
+    work, source = Work(), Source(10)
+    stream = work.stream(source)
+    first = asyncio.ensure_future(anext(stream))
+    await work.finish(1)
+    await first
+    with pytest.warns(ResourceWarning, match="async with map_cpu"):
+        del stream, first
+        gc.collect()
+    await idle()
+    assert source.closed
+    assert all(future.done() for future in work.futures.values())
+
+
+async def test_finished_is_not_dropped():
+    """A stream that was read to its end warns of nothing."""
+    work = Work()
+    stream = work.stream([])
+    assert await stream.list() == []
+    del stream
+    gc.collect()
+
+
+async def test_used_twice():
+    """A stream is used once: the second use says so."""
+    stream = Work().stream([])
+    await stream
+    with pytest.raises(RuntimeError, match="used already"):
+        await stream
+
+
+async def test_two_readers():
+    """Two tasks cannot read one stream."""
+    stream = Work().stream([1, 2])
+    first = asyncio.ensure_future(anext(stream))
+    await idle()
+    with pytest.raises(RuntimeError, match="two tasks"):
+        await anext(stream)
+    with pytest.raises(StopAsyncIteration):
+        await first
+    await stream.aclose()
+
+
+async def test_sync_and_async_sources_are_zipped():
+    """Several iterables of both kinds go side by side, until the shortest ends."""
+
+    async def join(a, b, c):
+        return f"{a}{b}{c}"
+
+    source = Source(3)
+    assert await map_io(join, [1, 2], source, "abc", ordered=True) == ["11a", "22b"]
+    assert source.closed
+
+
+async def test_the_limit_of_map_io():
+    """``map_io`` runs at most ``limit`` coroutines at a time."""
+    running = most = 0
+
+    async def call(item):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+        return item
+
+    assert await map_io(call, range(20), limit=3) == list(range(20))
+    assert most == 3
+
+
+async def test_a_plain_function_for_map_io():
+    """A function that returns no awaitable is refused, with what runs it instead."""
+    with pytest.raises(TypeError, match=r"map_cpu\(builtins.abs"):
+        await map_io(abs, [1])
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((abs,), {}, TypeError, "needs an iterable"),
+        ((abs, 5), {}, TypeError, "takes iterables"),
+        ((5, [1]), {}, TypeError, "coroutine function"),
+        ((abs, [1]), {"limit": 0}, ValueError, "limit must be at least 1"),
+    ],
+)
+def test_bad_arguments(args, options, error, message):
+    """Bad arguments are refused at the call, before anything runs."""
+    with pytest.raises(error, match=message):
+        map_io(*args, **options)

@@ -1,0 +1,186 @@
+"""Functions that the tests run in workers. Imports next to nothing."""
+
+import os
+import sys
+import threading
+
+
+def echo(value):
+    return value
+
+
+def add(a, b=0):
+    return a + b
+
+
+def pid():
+    return os.getpid()
+
+
+def parent_pid():
+    return os.getppid()
+
+
+def raise_(error):
+    raise error
+
+
+class OddError(Exception):
+    """Its __init__ takes something else than its args, so calling the class again fails."""
+
+    def __init__(self, first, *, second):
+        super().__init__(f"{first} and {second}")
+        self.second = second
+
+
+def raise_odd(first, second):
+    error = OddError(first, second=second)
+    if hasattr(error, "add_note"):
+        error.add_note("a note of the job")
+    raise error
+
+
+def raise_from_cause():
+    try:
+        {}["key"]
+    except KeyError as error:
+        raise ValueError("because of a key") from error
+
+
+def raise_local():
+    class LocalError(Exception):
+        pass
+
+    raise LocalError("nobody else knows this class", threading.Lock())
+
+
+class Exits(Exception):
+    def __reduce__(self):
+        raise SystemExit("in __reduce__")
+
+
+def raise_exits():
+    raise Exits("reduce me")
+
+
+def sys_exit(code):
+    sys.exit(code)
+
+
+def hard_exit(code):
+    os._exit(code)
+
+
+def kill_self(signal):
+    os.kill(os.getpid(), signal)
+
+
+def unpicklable():
+    return threading.Lock()
+
+
+class BreaksInParent:
+    """Pickles, and does not unpickle."""
+
+    def __reduce__(self):
+        return raise_, (ValueError("in the unpickling"),)
+
+
+def breaks_in_parent():
+    return BreaksInParent()
+
+
+def print_twice(text):
+    print(text, end="")
+    print(text, end="", file=sys.stderr)
+
+
+def close_stdout():
+    sys.stdout.close()
+    return "closed"
+
+
+def fork_and_return():
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+    return pid
+
+
+def descriptors():
+    """What this process has open, by number: names of the files."""
+    return {
+        int(name): os.readlink(f"/proc/self/fd/{name}")
+        for name in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{name}") or os.path.islink(f"/proc/self/fd/{name}")
+    }
+
+
+def signal_state():
+    import signal
+
+    return {
+        "handlers": {
+            number: signal.getsignal(number) == signal.SIG_DFL
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+        },
+        "interrupt": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+        "mask": len(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        "wakeup": signal.set_wakeup_fd(-1),
+    }
+
+
+def takes_over():
+    return list(sys.path), os.getcwd(), dict(os.environ)
+
+
+def groups():
+    return os.getpid(), os.getpgid(0), os.getsid(0)
+
+
+def fill(buffer, byte):
+    buffer.view[:] = bytes([byte]) * buffer.nbytes
+    return buffer.nbytes
+
+
+def total(buffer):
+    return sum(buffer.view)
+
+
+def make_buffer(data):
+    from asynclam import SharedBuffer
+
+    buffer = SharedBuffer(len(data))
+    buffer.view[:] = data
+    return buffer
+
+
+def draw_random():
+    import random
+
+    return random.random()
+
+
+def imported(*names):
+    return [name for name in names if name in sys.modules]
+
+
+def fail_on_odd(number):
+    if number % 2:
+        raise ValueError(number)
+    return number
+
+
+_initialized = []
+
+
+def initialize(*values):
+    _initialized.extend(values)
+
+
+def initialized():
+    return _initialized
+
+
+def fail_to_initialize():
+    raise RuntimeError("the initializer is wrong")
