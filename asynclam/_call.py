@@ -54,9 +54,7 @@ def is_async(fn: object) -> bool:
     """Whether ``fn`` is declared with ``async def``."""
     while hasattr(fn, "func"):
         fn = fn.func
-    code = getattr(fn, "__code__", None) or getattr(
-        getattr(fn, "__call__", None), "__code__", None
-    )
+    code = getattr(fn, "__code__", None) or getattr(getattr(fn, "__call__", None), "__code__", None)
     return code is not None and bool(code.co_flags & _ASYNC)
 
 
@@ -174,7 +172,10 @@ class _ByValue:
     def __enter__(self) -> None:
         import cloudpickle
 
-        if self._module is not None and self._module.__name__ in cloudpickle.list_registry_pickle_by_value():
+        if (
+            self._module is not None
+            and self._module.__name__ in cloudpickle.list_registry_pickle_by_value()
+        ):
             self._module = None  # the user's own registration stays
         if self._module is not None:
             cloudpickle.register_pickle_by_value(self._module)
@@ -244,7 +245,9 @@ def _describe(value: object) -> str:
     if isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
             if _refusal(item) is not None:
-                return f"{type(value).__name__}, its item {index} is of type {type(item).__qualname__}"
+                return (
+                    f"{type(value).__name__}, its item {index} is of type {type(item).__qualname__}"
+                )
     if isinstance(value, dict):
         for key, item in value.items():
             if _refusal(item) is not None:
@@ -258,7 +261,9 @@ def _advice(value: object) -> str:
     if isinstance(value, types.GeneratorType):
         return "pass list(...) of it, or feed it to map_cpu()"
     if isinstance(value, (types.FunctionType, types.MethodType)):
-        return "define it at the top level of a module, without what cannot be pickled in its closure"
+        return (
+            "define it at the top level of a module, without what cannot be pickled in its closure"
+        )
     return "pass plain data (bytes, str, numbers, lists, dicts, arrays, SharedBuffer) and open the rest in the worker"
 
 

@@ -204,7 +204,10 @@ class Channel:
                 self._end(error)
                 return True
             for frame in frames:
-                self._on_frame(frame)
+                if self.closed:  # by the callback of the frame before
+                    frame.close()
+                else:
+                    self._on_frame(frame)
         return False
 
     def _end(self, reason: Exception | None) -> None:

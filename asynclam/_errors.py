@@ -57,7 +57,9 @@ class WorkerDiedError(AsynclamError):
                 "out of memory is the usual cause: raise the function's memory or lower max_workers"
             )
         if self.signal in _CRASHES:
-            return "a C extension crashed: run the function with python -X faulthandler to see where"
+            return (
+                "a C extension crashed: run the function with python -X faulthandler to see where"
+            )
         if self.exitcode is not None:
             return "the function, or something that it called, used os._exit()"
         return "the machine may be out of memory: raise it or lower max_workers"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+
 @dataclass(frozen=True)
 class Statistics:
     """What an executor has under way.
@@ -287,15 +288,8 @@ class Executor:
             return InlinePool(loop)
         from ._pool import Plan, Pool
 
-        pool: Pool
-        plan = Plan(self._start_method, self._pickled_initializer(), lambda: self._limit(pool))
-        pool = Pool(loop, plan)
-        return pool
-
-    def _limit(self, pool: Pool) -> int:
-        """All loops share ``max_workers``, and each has one worker at least."""
-        others = sum(other.alive for other in self._pools if other is not pool)
-        return max(1, self._max_workers - others)
+        limit = partial(_limit, self._max_workers, self._pools)
+        return Pool(loop, Plan(self._start_method, self._pickled_initializer(), limit))
 
     def _pickled_initializer(self) -> bytes:
         initializer, arguments = self._initializer
@@ -386,10 +380,8 @@ class Executor:
         loop = asyncio.get_running_loop()
         if pool.loop is loop:
             await pool.close()
-        elif pool.loop.is_closed():
-            pool.kill()
         else:
-            pool.loop.call_soon_threadsafe(pool.kill)
+            _kill_in_loop(pool)
 
     def kill(self) -> None:
         """Ends all workers at once; their jobs fail with ExecutorClosedError. Waits for nothing."""
@@ -400,13 +392,33 @@ class Executor:
         self._pool = None
 
     def __del__(self) -> None:
-        if getattr(self, "_entered", None) and not self._closed and self._process == os.getpid():
-            warnings.warn(f"{self!r} was dropped without being closed", ResourceWarning, source=self)
+        if getattr(self, "_pools", None) and not self._closed and self._process == os.getpid():
+            if self._entered:
+                message = f"{self!r} was dropped without being closed"
+                warnings.warn(message, ResourceWarning, source=self, stacklevel=1)
+            for pool in self._pools:
+                _kill_in_loop(pool)
+
+
+def _limit(max_workers: int, pools: list[Pool | InlinePool], pool: Pool) -> int:
+    """How many workers ``pool`` may have: all share ``max_workers``, each has one at least.
+
+    Not a method: pools live on in their loop's callbacks, and would keep the executor.
+    """
+    return max(1, max_workers - sum(other.alive for other in pools if other is not pool))
 
 
 def _cancel_if_cancelled(pool: Pool | InlinePool, job: Job, future: asyncio.Future[Any]) -> None:
     if future.cancelled():
         pool.cancel(job)
+
+
+def _kill_in_loop(pool: Pool | InlinePool) -> None:
+    """Kills a pool from another thread, or from wherever the garbage collector runs."""
+    if pool.loop.is_closed():
+        pool.kill()
+    else:
+        pool.loop.call_soon_threadsafe(pool.kill)
 
 
 def _checked_workers(max_workers: int | None) -> int:

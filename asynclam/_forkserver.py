@@ -248,7 +248,7 @@ def _fork() -> ForkServer:
 def _in_child(master: socket.socket) -> NoReturn:
     try:
         os.setsid()
-        _descriptors.replace_inherited({master.fileno(), *_logging_descriptors()})
+        _descriptors.replace_inherited({master.fileno(), *_output_descriptors()})
         _forget_parent()
         serve(master, preload=False)
     except BaseException:
@@ -265,10 +265,10 @@ def _forget_parent() -> None:
         asyncio._set_running_loop(None)
 
 
-def _logging_descriptors() -> set[int]:
-    """Descriptors of log handlers: a record made in a worker must reach the log, as print does."""
+def _output_descriptors() -> set[int]:
+    """Descriptors behind print and log handlers: what a job writes there must come out."""
     logging = sys.modules.get("logging")
-    found: set[int] = set()
+    found = _descriptor_of(sys.stdout) | _descriptor_of(sys.stderr)
     for reference in list(getattr(logging, "_handlerList", ())):
         handler = reference()
         for value in list(vars(handler).values()) if handler else ():

@@ -73,7 +73,9 @@ class Job:
         return not self.future.done() and not self.future.get_loop().is_closed()
 
     def _harmless(self, error: BaseException) -> Exception:
-        if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
+        if isinstance(error, Exception) and not isinstance(
+            error, StopIteration | StopAsyncIteration
+        ):
             return error
         exit_error = JobExitError(self.name, error)
         exit_error.__cause__ = error

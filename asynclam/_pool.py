@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
     start_method: _forkserver.StartMethod
     initializer: bytes
-    limit: Callable[[], int]  # how many there may be now
+    limit: Callable[[Pool], int]  # how many this pool may have now
 
 
 class _Worker:
@@ -212,7 +212,7 @@ class Pool:
     def _should_start(self) -> bool:
         if not self._queue or not self._slots or self._failed_starts >= _MOST_FAILED_STARTS:
             return False
-        return self.count(_STARTING) < len(self._queue) and self.alive < self._plan.limit()
+        return self.count(_STARTING) < len(self._queue) and self.alive < self._plan.limit(self)
 
     def _start_worker(self) -> None:
         try:

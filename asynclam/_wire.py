@@ -88,7 +88,9 @@ def encode(
     Small parts are joined to the header, so that a small frame is a single buffer.
     """
     if descriptors > MAX_DESCRIPTORS:
-        raise ValueError(f"a frame carries {MAX_DESCRIPTORS} descriptors at most, not {descriptors}")
+        raise ValueError(
+            f"a frame carries {MAX_DESCRIPTORS} descriptors at most, not {descriptors}"
+        )
     length = sum(map(len, parts))
     head = [HEADER.pack(MAGIC, kind, descriptors, flags, length, number)]
     if length <= _JOIN:

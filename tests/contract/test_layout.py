@@ -89,7 +89,12 @@ def test_a_job_does_not_load_anyio():
 
 def run(code: str) -> set[str]:
     """The modules that a fresh interpreter has loaded, as ``code`` prints them."""
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{code}"]
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{code}",
+    ]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
@@ -121,4 +126,6 @@ def test_no_multiprocessing(path):
             [alias.name for alias in node.names] if isinstance(node, ast.Import)
             else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         )  # fmt: skip
-        assert not [name for name in names if name.startswith(("multiprocessing", "_multiprocessing"))]
+        assert not [
+            name for name in names if name.startswith(("multiprocessing", "_multiprocessing"))
+        ]

@@ -180,9 +180,7 @@ async def test_an_error_of_the_start():
         raise ValueError("cannot start")
 
     source = Source(3)
-    stream = Stream(
-        "map_cpu", (source,), start, 4, size=1, ordered=True, return_exceptions=False
-    )
+    stream = Stream("map_cpu", (source,), start, 4, size=1, ordered=True, return_exceptions=False)
     with pytest.raises(ValueError, match="cannot start"):
         await stream
     assert source.closed

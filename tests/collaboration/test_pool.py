@@ -1,0 +1,447 @@
+"""The pool against a fork server and workers that the test plays: one outcome for every job."""
+
+import asyncio
+import errno
+import os
+import signal
+
+import pytest
+
+from asynclam import (
+    ExecutorClosedError,
+    PayloadError,
+    WorkerDiedError,
+    WorkerStartError,
+    _call,
+    _forkserver,
+    _wire,
+)
+from asynclam._pool import Plan, Pool
+from tests import jobs
+from tests.parts.actors import FakeServer, call_of
+
+
+class Stage:
+    """A pool of two workers, and the server that it talks to."""
+
+    def __init__(self, limit=2):
+        self.servers = [FakeServer()]
+        self.jobs = []
+        self.pool = Pool(asyncio.get_running_loop(), Plan("fork", b"", lambda pool: limit))
+
+    @property
+    def server(self):
+        return self.servers[-1]
+
+    def submit(self, value=1):
+        self.jobs.append(self.pool.submit(_call.Call(jobs.echo, (value,), {})))
+        return self.jobs[-1]
+
+    async def ready_worker(self, pid=4711):
+        worker = await self.server.worker()
+        worker.ready(pid)
+        return worker
+
+    async def busy(self, value=1):
+        """A job, the worker that has read it, and the frame."""
+        job = self.submit(value)
+        worker = await self.ready_worker()
+        return job, worker, await worker.job()
+
+
+@pytest.fixture
+async def stage(monkeypatch):
+    stage = Stage()
+    monkeypatch.setattr(_forkserver, "ensure", lambda method: stage.server)
+    monkeypatch.setattr(_forkserver, "discard", lambda server: stage.servers.append(FakeServer()))
+    opened = []
+    monkeypatch.setattr("tests.parts.actors.FakeWorker.__init__", _recording(opened))
+    yield stage
+    stage.pool.kill()
+    await asyncio.gather(*(job.future for job in stage.jobs), return_exceptions=True)
+    for worker in opened:
+        worker.close()
+    for server in stage.servers:
+        server.stop()
+
+
+def _recording(opened):
+    from tests.parts.actors import FakeWorker
+
+    original = FakeWorker.__init__
+
+    def init(self, *args):
+        original(self, *args)
+        opened.append(self)
+
+    return init
+
+
+async def idle():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+# --- the normal way ------------------------------------------------------------------------------
+
+
+async def test_a_job_and_its_result(stage):
+    """A call arrives as it was made, its result is the outcome, the worker is kept."""
+    job, worker, frame = await stage.busy("value")
+    fn, args = call_of(frame)
+    assert (fn, args) == (jobs.echo, ("value",))
+    worker.reply(frame, "result")
+    assert await job.future == "result"
+    assert (stage.pool.count("idle"), stage.pool.completed) == (1, 1)
+
+
+async def test_a_worker_has_one_job_at_a_time(stage):
+    """The second job goes to a second worker, the third waits for whoever is free first."""
+    first, one, frame_one = await stage.busy(1)
+    second, two, frame_two = await stage.busy(2)
+    third = stage.submit(3)
+    await idle()
+    assert stage.pool.queued == 1
+    two.reply(frame_two, "two")
+    frame_three = await two.job()
+    assert call_of(frame_three)[1] == (3,)
+    two.reply(frame_three, "three")
+    one.reply(frame_one, "one")
+    assert [await job.future for job in (first, second, third)] == ["one", "two", "three"]
+
+
+async def test_an_exception_is_the_outcome(stage):
+    """What the job raised is raised; the worker is kept."""
+    job, worker, frame = await stage.busy()
+    worker.raise_(frame, KeyError("key"))
+    with pytest.raises(KeyError):
+        await job.future
+    assert stage.pool.count("idle") == 1
+
+
+async def test_no_more_workers_than_jobs(stage):
+    """A worker is started for a job that waits, not ahead of it."""
+    job, worker, frame = await stage.busy()
+    await idle()
+    assert stage.pool.alive == 1
+    worker.reply(frame, None)
+    await job.future
+
+
+# --- deaths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["report", "end of file"])
+async def test_death_of_a_begun_job(stage, first):
+    """A job that had begun fails with the way of the death, whichever messenger is first."""
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    if first == "report":
+        stage.server.exited(worker, signal.SIGKILL)
+        await idle()
+        worker.close()
+    else:
+        worker.close()
+        assert await stage.server.killed() == worker.number
+        stage.server.exited(worker, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError) as caught:
+        await job.future
+    assert (caught.value.signal, caught.value.pid, caught.value.job) == (9, 4711, "tests.jobs.echo")
+
+
+async def test_death_before_the_job_began(stage):
+    """A job that had not begun runs in another worker, ahead of those that wait."""
+    job, worker, frame = await stage.busy("first")
+    later = [stage.submit(f"later {index}") for index in range(3)]
+    worker.close()
+    stage.server.exited(worker)
+    other = await stage.ready_worker()
+    again = await other.job()
+    while call_of(again)[1] != ("first",):  # the second worker may have had a later one already
+        other = await stage.ready_worker()
+        again = await other.job()
+    other.reply(again, "done")
+    assert await job.future == "done"
+    assert all(not job.future.done() for job in later)
+
+
+async def test_a_result_and_a_death_together(stage):
+    """A result that was sent before the death counts, if the two arrive together."""
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    worker.reply(frame, "just in time")
+    worker.close()
+    stage.server.exited(worker)
+    assert await job.future == "just in time"
+    await idle()
+    assert stage.pool.alive == 0
+
+
+async def test_a_report_before_the_result_is_read(stage):
+    """The report of the death drains the channel before it fails the job."""
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    stage.server.exited(worker)
+    worker.reply(frame, "drained")
+    assert await job.future == "drained"
+
+
+async def test_a_death_in_the_middle_of_a_result(stage):
+    """Half a result is none."""
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    whole = b"".join(_wire.encode(_wire.RESULT, frame.number, [b"x" * 100_000]))
+    worker.sock.sendall(whole[:50_000])
+    worker.close()
+    stage.server.exited(worker)
+    with pytest.raises(WorkerDiedError):
+        await job.future
+
+
+async def test_an_idle_worker_dies(stage):
+    """The death of an idle worker harms nobody; the next job has another one."""
+    job, worker, frame = await stage.busy()
+    worker.reply(frame, None)
+    await job.future
+    worker.close()
+    stage.server.exited(worker)
+    await idle()
+    assert stage.pool.alive == 0
+    job, worker, frame = await stage.busy()
+    worker.reply(frame, "again")
+    assert await job.future == "again"
+
+
+async def test_siblings_are_unharmed(stage):
+    """The death of one worker does not touch the job of another."""
+    first, one, frame_one = await stage.busy(1)
+    second, two, frame_two = await stage.busy(2)
+    one.begin(frame_one.number)
+    one.close()
+    stage.server.exited(one)
+    with pytest.raises(WorkerDiedError):
+        await first.future
+    two.reply(frame_two, "unharmed")
+    assert await second.future == "unharmed"
+
+
+async def test_the_channel_is_held_open_by_another(stage):
+    """A process that the job has forked may hold the channel: the report alone suffices."""
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    stage.server.exited(worker, 3 << 8)
+    with pytest.raises(WorkerDiedError) as caught:
+        await job.future
+    assert caught.value.exitcode == 3
+
+
+async def test_garbage(stage):
+    """A worker that writes garbage is killed, its job fails and says why, others go on."""
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    worker.sock.sendall(b"this is no frame, but as long as the header of one")
+    assert await stage.server.killed() == worker.number
+    stage.server.exited(worker)
+    with pytest.raises(WorkerDiedError) as caught:
+        await job.future
+    assert isinstance(caught.value.__cause__, _wire.ProtocolError)
+
+
+@pytest.mark.parametrize("kind", [_wire.READY, _wire.RESULT, _wire.JOB])
+async def test_a_frame_out_of_turn(stage, kind):
+    """A frame that answers nothing is garbage, too."""
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    worker.send(kind, frame.number + 1, bytes(8))
+    assert await stage.server.killed() == worker.number
+    stage.server.exited(worker)
+    with pytest.raises(WorkerDiedError):
+        await job.future
+
+
+# --- refusals and payloads -----------------------------------------------------------------------
+
+
+async def test_a_refused_call_goes_by_value(stage):
+    """A worker that does not know the function is sent it by value."""
+    job, worker, frame = await stage.busy("value")
+    worker.send(_wire.REFUSED, frame.number, b"ModuleNotFoundError: tests")
+    again = await worker.job()
+    assert again.number == frame.number
+    assert again.flags & _wire.BY_VALUE
+    fn, args = call_of(again)
+    assert fn is not jobs.echo
+    assert (fn(*args), args) == ("value", ("value",))
+    worker.reply(again, "done")
+    assert await job.future == "done"
+
+
+async def test_a_result_that_cannot_be_unpickled(stage):
+    """The error names the function; the worker is kept."""
+    job, worker, frame = await stage.busy()
+    worker.reply(frame, jobs.BreaksInParent())
+    with pytest.raises(PayloadError, match=r"tests\.jobs\.echo.*in the unpickling"):
+        await job.future
+    assert stage.pool.count("idle") == 1
+
+
+# --- cancellation --------------------------------------------------------------------------------
+
+
+async def test_cancelling_a_running_job_kills_its_worker(stage):
+    """The worker that has the job is killed and replaced; nothing else is."""
+    first, one, frame_one = await stage.busy(1)
+    second, two, frame_two = await stage.busy(2)
+    third = stage.submit(3)
+    first.future.cancel()
+    stage.pool.cancel(first)
+    assert await stage.server.killed() == one.number
+    assert await one.frame() is None, "its channel is closed"
+    stage.server.exited(one)
+    three = await stage.ready_worker()
+    three.reply(await three.job(), "three")
+    two.reply(frame_two, "two")
+    assert [await second.future, await third.future] == ["two", "three"]
+
+
+async def test_cancelling_a_waiting_job_drops_it(stage):
+    """A job that no worker has is dropped, and no worker killed."""
+    first, one, frame_one = await stage.busy(1)
+    second, two, frame_two = await stage.busy(2)
+    third = stage.submit(3)
+    third.future.cancel()
+    stage.pool.cancel(third)
+    assert stage.pool.queued == 0
+    one.reply(frame_one, "one")
+    two.reply(frame_two, "two")
+    await first.future
+    await second.future
+    await idle()
+    assert stage.pool.count("idle") == 2
+
+
+async def test_cancelling_while_the_call_is_being_sent(stage):
+    """A call that is half in the buffer is gone with the channel."""
+    job = stage.submit(bytes(8 << 20))
+    worker = await stage.ready_worker()
+    await idle()
+    job.future.cancel()
+    stage.pool.cancel(job)
+    assert await stage.server.killed() == worker.number
+    stage.server.exited(worker)
+    await idle()
+    assert stage.pool.alive == 0
+
+
+async def test_cancelling_twice(stage):
+    """A second cancel of the same job does nothing, not even to the worker's next job."""
+    job, worker, frame = await stage.busy(1)
+    worker.reply(frame, "done")
+    assert await job.future == "done"
+    second = stage.submit(2)
+    frame = await worker.job()
+    stage.pool.cancel(job)
+    worker.reply(frame, "unharmed")
+    assert await second.future == "unharmed"
+
+
+# --- starts --------------------------------------------------------------------------------------
+
+
+async def test_three_failed_starts(stage):
+    """Three failed starts in a row fail the jobs that wait, with the cause."""
+    job = stage.submit()
+    for _ in range(3):
+        worker = await stage.server.worker()
+        stage.server.not_started(worker.number, errno.EAGAIN)
+        worker.close()
+    with pytest.raises(WorkerStartError, match="3 times") as caught:
+        await job.future
+    assert caught.value.__cause__.errno == errno.EAGAIN
+    job, worker, frame = await stage.busy()
+    worker.reply(frame, "the next job tries again")
+    assert await job.future == "the next job tries again"
+
+
+async def test_a_death_before_ready_is_a_failed_start(stage):
+    """A worker that dies before it is ready is replaced; the job did not notice."""
+    job = stage.submit()
+    worker = await stage.server.worker()
+    worker.close()
+    stage.server.exited(worker)
+    other = await stage.ready_worker()
+    other.reply(await other.job(), "done")
+    assert await job.future == "done"
+
+
+async def test_failed_starts_while_another_worker_lives(stage):
+    """Jobs wait for the workers that live, if no more can be started."""
+    first, one, frame_one = await stage.busy(1)
+    second = stage.submit(2)
+    for _ in range(3):
+        worker = await stage.server.worker()
+        stage.server.not_started(worker.number, errno.ENOMEM)
+        worker.close()
+    await idle()
+    assert not second.future.done()
+    one.reply(frame_one, "one")
+    one.reply(await one.job(), "two")
+    assert [await first.future, await second.future] == ["one", "two"]
+
+
+# --- the fork server dies ------------------------------------------------------------------------
+
+
+async def test_the_fork_server_dies(stage):
+    """Running jobs finish, their workers are then replaced by those of the next server."""
+    job, worker, frame = await stage.busy(1)
+    stage.server.stop()
+    await idle()
+    worker.reply(frame, "finished")
+    assert await job.future == "finished"
+    assert await worker.frame() is None, "it is given up"
+    job, worker, frame = await stage.busy(2)
+    worker.reply(frame, "next")
+    assert await job.future == "next"
+    assert len(stage.servers) == 2
+
+
+async def test_a_worker_dies_after_its_fork_server(stage, monkeypatch):
+    """Nobody can tell how it ended; the job fails all the same."""
+    monkeypatch.setattr(os, "killpg", lambda pid, number: None)
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    stage.server.stop()
+    await idle()
+    worker.close()
+    with pytest.raises(WorkerDiedError, match="unknown way"):
+        await job.future
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+async def test_close_waits_for_the_jobs(stage):
+    """A close lets running and waiting jobs end, then closes the channels and awaits the exits."""
+    first, one, frame_one = await stage.busy(1)
+    closing = stage.pool.close()
+    one.reply(frame_one, "one")
+    assert await first.future == "one"
+    assert await one.frame() is None
+    await idle()
+    assert not closing.done()
+    stage.server.exited(one, 0)
+    await closing
+
+
+async def test_kill_fails_the_jobs(stage):
+    """A kill fails running and waiting jobs at once, and closes everything."""
+    running, one, frame = await stage.busy(1)
+    await stage.busy(2)
+    waiting = stage.submit(3)
+    stage.pool.kill()
+    for job in (running, waiting):
+        with pytest.raises(ExecutorClosedError, match="tests.jobs.echo"):
+            await job.future
+    assert await one.frame() is None
+    assert await stage.server.control.frame() is None

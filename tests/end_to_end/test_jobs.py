@@ -1,0 +1,458 @@
+"""Jobs in real workers: what goes in, what comes back, and every way in which it goes wrong."""
+
+import asyncio
+import functools
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+
+import numpy as np
+import pytest
+
+from asynclam import (
+    AsynclamError,
+    Executor,
+    ExecutorClosedError,
+    JobExitError,
+    PayloadError,
+    SharedBuffer,
+    WorkerDiedError,
+    WorkerStartError,
+    map_cpu,
+    map_io,
+    run_cpu,
+)
+from tests import jobs
+
+
+@pytest.fixture(params=["fork", "spawn", "inline"])
+def how(request):
+    """The ways in which jobs are run, as arguments of an Executor."""
+    if request.param == "inline":
+        return {"max_workers": 0}
+    return {"max_workers": 2, "start_method": request.param}
+
+
+@pytest.fixture
+async def executor(how):
+    async with Executor(**how) as executor:
+        yield executor
+
+
+# --- what goes in and comes back -----------------------------------------------------------------
+
+
+async def test_calls(executor):
+    """Functions of all kinds run with their arguments, and their result comes back."""
+    offset = 10
+    assert await executor.run_cpu(jobs.add, 1, b=2) == 3
+    assert await executor.run_cpu(math.sqrt, 4) == 2
+    assert await executor.run_cpu(lambda x: x + offset, 1) == 11
+    assert await executor.run_cpu(functools.partial(jobs.add, 1), b=5) == 6
+    assert await executor.run_cpu("abc".upper) == "ABC"
+    assert await executor.run_cpu(dict, a=1) == {"a": 1}
+
+
+@pytest.mark.parametrize("value", [None, b"", b"x" * 200_000, "ü" * 70_000, [1.5, {"a": ()}]])
+async def test_values(executor, value):
+    """Values come back equal, small and large."""
+    assert await executor.run_cpu(jobs.echo, value) == value
+
+
+async def test_arrays(executor):
+    """An array goes there and back, and can be written to."""
+    array = np.arange(1_000_000).reshape(1000, 1000)
+    back = await executor.run_cpu(jobs.echo, array)
+    assert np.array_equal(array, back)
+    back[0, 0] = 1
+
+
+async def test_shared_buffer(executor):
+    """A job writes into the caller's buffer; a buffer that a job makes comes back."""
+    with SharedBuffer(1_000_000) as buffer:
+        assert await executor.run_cpu(jobs.fill, buffer, 1) == 1_000_000
+        assert await executor.run_cpu(jobs.total, buffer) == 1_000_000
+        assert buffer.view[999_999] == 1
+    with await executor.run_cpu(jobs.make_buffer, b"made there") as made:
+        assert bytes(made.view) == b"made there"
+
+
+async def test_buffers_leave_nothing_in_the_worker(executor):
+    """A worker lets go of a buffer when the job is done."""
+    before = await executor.run_cpu(jobs.descriptors)
+    for _ in range(10):
+        with SharedBuffer(10) as buffer:
+            await executor.run_cpu(jobs.fill, buffer, 1)
+    after = await executor.run_cpu(jobs.descriptors)
+    assert len(after) <= len(before) + 1
+
+
+# --- what a job raises ---------------------------------------------------------------------------
+
+
+async def test_exceptions(executor):
+    """An exception comes back as itself, with the worker's traceback shown below it."""
+    with pytest.raises(jobs.OddError) as caught:
+        await executor.run_cpu(jobs.raise_odd, "one", "two")
+    assert caught.value.second == "two"
+    assert "in raise_odd" in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        asyncio.CancelledError(),
+        StopIteration(1),
+        StopAsyncIteration(),
+        BaseException("plain"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_would_stop_the_loop(executor, error):
+    """What would stop or confuse the loop comes back as JobExitError, and the loop lives."""
+    with pytest.raises(JobExitError) as caught:
+        await executor.run_cpu(jobs.raise_, error)
+    assert type(caught.value.original) is type(error)
+    assert caught.value.original.args == error.args
+    assert await executor.run_cpu(jobs.echo, 1) == 1
+
+
+@pytest.mark.parametrize("how", [{"max_workers": 1}], ids=["worker"], indirect=False)
+@pytest.mark.parametrize(
+    ("fn", "args", "attribute", "value"),
+    [
+        (jobs.hard_exit, (7,), "exitcode", 7),
+        (jobs.hard_exit, (0,), "exitcode", 0),
+        (jobs.kill_self, (signal.SIGKILL,), "signal", signal.SIGKILL),
+        (jobs.kill_self, (signal.SIGSEGV,), "signal", signal.SIGSEGV),
+        (jobs.kill_self, (signal.SIGTERM,), "signal", signal.SIGTERM),
+    ],
+)
+async def test_deaths(executor, fn, args, attribute, value):
+    """A worker that dies fails its own job, with the way of the death; another takes its place."""
+    with pytest.raises(WorkerDiedError) as caught:
+        await executor.run_cpu(fn, *args)
+    assert getattr(caught.value, attribute) == value
+    assert caught.value.job == f"tests.jobs.{fn.__name__}"
+    assert await executor.run_cpu(jobs.echo, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "message"),
+    [
+        (jobs.echo, (threading.Lock(),), "argument 0 .*lock"),
+        (jobs.unpicklable, (), r"the result of tests\.jobs\.unpicklable \(of type lock\)"),
+        (jobs.breaks_in_parent, (), "could not be unpickled here.*in the unpickling"),
+        (jobs.echo, (jobs.BreaksInParent(),), "could not be unpickled in the worker"),
+    ],
+    ids=["argument", "result", "result in the caller", "argument in the worker"],
+)
+async def test_payloads_that_cannot_travel(executor, fn, args, message):
+    """What cannot be pickled or unpickled is an error that names it; the worker is unharmed."""
+    before = await executor.run_cpu(jobs.pid)
+    with pytest.raises(PayloadError, match=message):
+        await executor.run_cpu(fn, *args)
+    assert await executor.run_cpu(jobs.pid) == before
+
+
+async def test_a_coroutine_function(executor):
+    """A coroutine function is refused with the right call, before anything is started."""
+
+    async def download(key):
+        pass
+
+    with pytest.raises(TypeError, match=r"await download\(\.\.\.\)"):
+        await executor.run_cpu(download, "key")
+    with pytest.raises(TypeError, match=r"map_io\(download"):
+        executor.map_cpu(download, ["key"])
+
+
+async def test_a_job_that_prints(executor, capfd):
+    """What a job prints, without a newline, is out before its result is in."""
+    await executor.run_cpu(jobs.print_twice, "printed")
+    out, err = capfd.readouterr()
+    assert (out, err) == ("printed", "printed")
+
+
+@pytest.mark.parametrize("how", [{"max_workers": 1}], ids=["worker"], indirect=False)
+async def test_a_job_that_closes_its_stdout(executor):
+    """A job that closes its stdout has its result, and so has the next one."""
+    assert await executor.run_cpu(jobs.close_stdout) == "closed"
+    assert await executor.run_cpu(jobs.echo, 1) == 1
+
+
+@pytest.mark.parametrize("how", [{"max_workers": 1}], ids=["worker"], indirect=False)
+async def test_a_job_that_forks(executor):
+    """A job that returns in a forked child, too, has one result, that of the worker."""
+    assert await executor.run_cpu(jobs.fork_and_return) > 0
+    assert await executor.run_cpu(jobs.echo, 1) == 1
+
+
+# --- sizes and numbers ---------------------------------------------------------------------------
+
+
+async def test_large_arguments_and_results_at_once():
+    """8 MB both ways, 12 at a time, on one worker: no deadlock (lambda_multiprocessing 1.1 hangs)."""
+    big = os.urandom(8 << 20)
+    async with Executor(1) as executor:
+        results = await asyncio.gather(*(executor.run_cpu(jobs.echo, big) for _ in range(12)))
+    assert all(result == big for result in results)
+
+
+async def test_random_deaths_lose_no_job():
+    """Workers killed at random while 1,000 jobs run: each job has one outcome, only begun ones fail."""
+    outcomes: list[object] = []
+    async with Executor(2) as executor:
+        pids = {await executor.run_cpu(jobs.pid)}
+
+        async def one(number):
+            try:
+                outcomes.append(await executor.run_cpu(jobs.echo, number))
+            except WorkerDiedError as error:
+                outcomes.append(error)
+
+        tasks = [asyncio.ensure_future(one(number)) for number in range(1000)]
+        kills = 0
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            for worker in list(executor._pool._workers.values()):
+                # Every so many replies, whichever worker it is, in whatever state it is.
+                if worker.pid and len(outcomes) >= 40 * (kills + 1):
+                    os.kill(worker.pid, signal.SIGKILL)
+                    kills += 1
+                    pids.add(worker.pid)
+        await asyncio.gather(*tasks)
+        deaths = [error for error in outcomes if isinstance(error, WorkerDiedError)]
+        assert kills > 10
+        assert len(outcomes) == 1000
+        assert len(deaths) <= kills
+        assert {error.pid for error in deaths} <= pids
+        done = [number for number in outcomes if not isinstance(number, WorkerDiedError)]
+        assert len(set(done)) == 1000 - len(deaths)
+
+
+async def test_a_death_together_with_the_last_result():
+    """A worker that dies right after its last result: the result counts, the death is noticed."""
+    async with Executor(1) as executor:
+        for number in range(40):
+            assert await executor.run_cpu(jobs.echo, number) == number
+            (worker,) = executor._pool._workers.values()
+            os.kill(worker.pid, signal.SIGKILL)
+            assert await executor.run_cpu(jobs.echo, -number) == -number
+
+
+async def test_failed_initializer():
+    """An initializer that raises fails the jobs, with its exception as the cause."""
+    async with Executor(1, initializer=jobs.fail_to_initialize) as executor:
+        with pytest.raises(WorkerStartError, match="initializer") as caught:
+            await executor.run_cpu(jobs.echo, 1)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+async def test_initializer():
+    """An initializer runs once in each worker, before its first job."""
+    async with Executor(1, initializer=jobs.initialize, initargs=(1, 2)) as executor:
+        assert await executor.run_cpu(jobs.initialized) == [1, 2]
+        assert await executor.run_cpu(jobs.initialized) == [1, 2]
+
+
+# --- maps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunksize", [None, 1, 3, 100])
+async def test_map(executor, chunksize):
+    """``map_cpu`` is the built-in map, whatever the chunks."""
+    assert await executor.map_cpu(jobs.add, range(20), range(20, 40), chunksize=chunksize) == [
+        a + b for a, b in zip(range(20), range(20, 40), strict=True)
+    ]
+
+
+async def test_map_stream(executor):
+    """A stream gives all results, in order."""
+    stream = executor.map_cpu(jobs.echo, range(20), limit=3)
+    assert [result async for result in stream] == list(range(20))
+
+
+async def test_map_first_error(executor):
+    """The first error of an item ends the map, as itself."""
+    with pytest.raises(ValueError, match="1"):
+        await executor.map_cpu(jobs.fail_on_odd, range(10), chunksize=2)
+
+
+async def test_map_return_exceptions(executor):
+    """With ``return_exceptions`` each item has its own result or exception, in chunks, too."""
+    results = await executor.map_cpu(
+        jobs.fail_on_odd, range(6), chunksize=4, return_exceptions=True
+    )
+    assert results[::2] == [0, 2, 4]
+    assert [error.args for error in results[1::2]] == [(1,), (3,), (5,)]
+
+
+async def test_map_an_item_that_cannot_be_pickled(executor):
+    """An item that cannot travel ends the map and is named."""
+    with pytest.raises(PayloadError, match="item 0"):
+        await executor.map_cpu(jobs.echo, [threading.Lock()])
+
+
+async def test_pipeline(executor):
+    """Results of ``map_io`` feed ``map_cpu``: a pipeline."""
+
+    async def download(key):
+        await asyncio.sleep(0)
+        return key * 2
+
+    stream = executor.map_cpu(jobs.add, map_io(download, range(50), ordered=True))
+    assert await stream == [key * 2 for key in range(50)]
+
+
+async def test_gather_over_both_kinds():
+    """``asyncio.gather`` awaits IO and CPU work together."""
+
+    async def io():
+        await asyncio.sleep(0)
+        return "io"
+
+    assert await asyncio.gather(run_cpu(jobs.echo, "cpu"), io(), map_cpu(abs, [-1])) == [
+        "cpu",
+        "io",
+        [1],
+    ]
+
+
+# --- arguments and life of an executor -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_workers": -1}, ValueError, "must not be negative, got -1"),
+        ({"max_workers": 1.5}, TypeError, "integer"),
+        ({"max_workers": True}, TypeError, "integer"),
+        ({"start_method": "forkserver"}, ValueError, "start_method"),
+        ({"initializer": 5}, TypeError, "takes a function"),
+    ],
+)
+def test_bad_settings(arguments, error, message):
+    """Bad settings are refused by the constructor."""
+    with pytest.raises(error, match=message):
+        Executor(**arguments)
+
+
+async def test_bad_arguments_of_map(executor):
+    """Bad arguments of a map are refused at the call."""
+    with pytest.raises(ValueError, match="chunksize"):
+        executor.map_cpu(abs, [1], chunksize=0)
+    with pytest.raises(ValueError, match="limit"):
+        executor.map_cpu(abs, [1], limit=0)
+    with pytest.raises(TypeError, match="iterable"):
+        executor.map_cpu(abs)
+
+
+def test_no_running_loop():
+    """Outside of a running loop the error says what to do, and nothing is forked."""
+    coroutine = Executor(1).run_cpu(jobs.echo, 1)
+    with pytest.raises(RuntimeError, match="running asyncio event loop"):
+        coroutine.send(None)
+
+
+async def test_initializer_that_cannot_be_pickled():
+    """An initializer's argument that cannot travel is refused at the first use."""
+
+    async def use():
+        async with Executor(1, initializer=jobs.initialize, initargs=(threading.Lock(),)):
+            pass
+
+    with pytest.raises(PayloadError, match="initializer"):
+        await use()
+
+
+async def test_closed(how):
+    """A closed executor refuses; what ran before its end has its result."""
+    async with Executor(**how) as executor:
+        job = asyncio.ensure_future(executor.run_cpu(jobs.echo, 1))
+        await asyncio.sleep(0)
+    assert await job == 1
+    for use in (executor.run_cpu(jobs.echo, 1), executor.run_blocking(jobs.echo, 1)):
+        with pytest.raises(ExecutorClosedError, match="closed"):
+            await use
+    with pytest.raises(ExecutorClosedError):
+        await executor.map_cpu(jobs.echo, [1])
+
+
+async def test_an_exception_in_the_block_kills(gate):
+    """A block that is left by an exception does not wait for its jobs: they fail."""
+
+    async def block():
+        nonlocal job
+        async with Executor(1) as executor:
+            job = asyncio.ensure_future(executor.run_cpu(gate_job, gate.path))
+            await gate.entered()
+            raise KeyError("left")
+
+    job = None
+    with pytest.raises(KeyError):
+        await block()
+    with pytest.raises(ExecutorClosedError, match="killed"):
+        await job
+
+
+def gate_job(path):
+    from tests.parts.gate import pass_through
+
+    return pass_through(path)
+
+
+def test_an_entered_executor_in_another_loop():
+    """An executor that was entered serves its own loop only."""
+
+    async def enter():
+        return await Executor(1).__aenter__()
+
+    executor = asyncio.run(enter())
+    with pytest.raises(RuntimeError, match="another event loop"):
+        asyncio.run(executor.run_cpu(jobs.echo, 1))
+    executor.kill()
+
+
+async def test_dropped_without_close():
+    """An executor that is dropped without being closed warns, and its workers end."""
+    executor = await Executor(1).__aenter__()
+    await executor.run_cpu(jobs.pid)
+    control = executor._pool._control
+    with pytest.warns(ResourceWarning, match="without being closed"):
+        del executor
+    await asyncio.sleep(0)
+    assert control.closed, "the fork server kills the workers of a control connection that ends"
+
+
+async def test_statistics_and_repr(gate):
+    """``statistics()`` and ``repr`` tell what is under way."""
+    async with Executor(1) as executor:
+        first = asyncio.ensure_future(executor.run_cpu(gate_job, gate.path))
+        second = asyncio.ensure_future(executor.run_cpu(gate_job, gate.path))
+        await gate.entered()
+        now = executor.statistics()
+        assert (now.workers_busy, now.jobs_running, now.jobs_queued) == (1, 1, 1)
+        assert repr(executor) == "<Executor [workers: 1 busy, 0 idle | jobs: 1 running, 1 queued]>"
+        gate.open(2)
+        await asyncio.gather(first, second)
+        assert executor.statistics().jobs_completed == 2
+
+
+def test_every_error_is_documented():
+    """All errors that users meet are of one small tree."""
+    for error in (
+        PayloadError,
+        WorkerDiedError,
+        WorkerStartError,
+        ExecutorClosedError,
+        JobExitError,
+    ):
+        assert issubclass(error, AsynclamError)
+    assert sys.modules["asynclam._errors"]
