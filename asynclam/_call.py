@@ -54,7 +54,9 @@ def is_async(fn: object) -> bool:
     """Whether ``fn`` is declared with ``async def``."""
     while hasattr(fn, "func"):
         fn = fn.func
-    code = getattr(fn, "__code__", None) or getattr(getattr(fn, "__call__", None), "__code__", None)
+    if not hasattr(fn, "__code__"):
+        fn = type(fn).__call__ if callable(fn) else None  # an instance with an async __call__
+    code = getattr(fn, "__code__", None)
     return code is not None and bool(code.co_flags & _ASYNC)
 
 

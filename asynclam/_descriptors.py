@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._wire import Part
 
+_STANDARD = (0, 1, 2)
+
 _private: set[int] = set()
 
 
@@ -39,14 +41,14 @@ def replace(descriptors: Iterable[int]) -> None:
     try:
         for descriptor in descriptors:
             if descriptor != null:
-                os.dup2(null, descriptor, inheritable=descriptor <= 2)
+                os.dup2(null, descriptor, inheritable=descriptor in _STANDARD)
     finally:
         os.close(null)
 
 
 def replace_inherited(keep: Iterable[int]) -> None:
     """Overwrites every open descriptor but 1, 2 and those to ``keep``."""
-    kept = {1, 2, *keep}
+    kept = {*_STANDARD[1:], *keep}
     replace([descriptor for descriptor in open_descriptors() if descriptor not in kept])
     _private.clear()
 

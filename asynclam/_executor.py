@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
@@ -231,20 +231,7 @@ class Executor:
         job.future.add_done_callback(partial(_cancel_if_cancelled, pool, job))
         return job.future
 
-    def map_io(
-        self,
-        fn: Callable[..., Awaitable[T]],
-        /,
-        *iterables: AnyIterable,
-        limit: int = 32,
-        ordered: bool = False,
-        return_exceptions: bool = False,
-    ) -> Stream[Any]:
-        """Runs a coroutine function on the loop for the items of the iterables; see :func:`map_io`."""
-        self._require_open()
-        return map_io(
-            fn, *iterables, limit=limit, ordered=ordered, return_exceptions=return_exceptions
-        )
+    map_io = staticmethod(map_io)  # needs no worker; here so that one object has it all
 
     # --- which pool ------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class InlinePool:
 
     def _run(self, job: Job) -> _wire.Frame:
         frame = _received(job.call.frame(job.number), job.call.descriptors)
-        kind, number, parts, *rest = _worker.run(frame, begin=lambda number: None)
+        kind, number, parts, *rest = _worker.run(frame, begin=lambda _: None)
         frame.close()
         flags, payload = rest or (0, None)
         descriptors = payload.descriptors if payload else []
@@ -71,7 +71,7 @@ class InlinePool:
     def kill(self) -> None:
         """Nothing is left to kill."""
 
-    def count(self, state: str) -> int:
+    def count(self, state: str) -> int:  # noqa: ARG002
         """There are no workers."""
         return 0
 

@@ -33,7 +33,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _forkserver, _memory, _wire
 from ._channel import Channel
@@ -332,9 +332,10 @@ class Pool:
             # Its end was not seen: something that it has forked holds the channel open.
             self._bury(worker)
 
-    def _on_server_end(self, reason: Exception | None) -> None:
+    def _on_server_end(self, _reason: Exception | None) -> None:
         """The fork server is dead. Who runs a job goes on; the others are given up."""
-        assert self._control is not None and self._server is not None
+        assert self._control is not None
+        assert self._server is not None
         self._control.close()
         self._control = None
         _forkserver.discard(self._server)

@@ -98,9 +98,9 @@ def _reduce(error: BaseException, *, with_cause: bool) -> Any:
     if _reduces_itself(kind) and _survives(error):
         return NotImplemented
     base = _builtin_base(kind)
-    reduced: Any = base.__reduce__(error)
-    args: tuple[Any, ...] = reduced[1]
-    attributes: dict[str, Any] = (reduced[2] if len(reduced) > 2 else None) or {}
+    reduced: tuple[Any, ...] = base.__reduce__(error)  # type: ignore[assignment]
+    _, args, *state = reduced
+    attributes = (state and state[0]) or {}
     return _create, (
         kind,
         base,
@@ -185,7 +185,7 @@ def _rebuild(data: bytearray) -> BaseException:
     return error
 
 
-def _create(
+def _create(  # noqa: PLR0917 - a reducer passes by position
     kind: Any,
     base: Any,
     args: tuple[Any, ...],
@@ -201,7 +201,7 @@ def _create(
     return error
 
 
-class WorkerTraceback(Exception):
+class WorkerTraceback(Exception):  # noqa: N818 - it is shown, never caught
     """Carries the worker's traceback as a cause, where exceptions have no notes (Python 3.10)."""
 
     def __str__(self) -> str:

@@ -27,7 +27,7 @@ from collections.abc import (
     Iterable,
 )
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from . import _call
 from ._errors import JobExitError
@@ -353,8 +353,26 @@ def check_iterables(user: str, iterables: tuple[AnyIterable, ...]) -> None:
             )
 
 
+@overload
 def map_io(
     fn: Callable[..., Awaitable[T]],
+    /,
+    *iterables: AnyIterable,
+    limit: int = 32,
+    ordered: bool = False,
+    return_exceptions: Literal[False] = False,
+) -> Stream[T]: ...
+@overload
+def map_io(
+    fn: Callable[..., Awaitable[T]],
+    /,
+    *iterables: AnyIterable,
+    limit: int = 32,
+    ordered: bool = False,
+    return_exceptions: bool,
+) -> Stream[T | BaseException]: ...
+def map_io(
+    fn: Callable[..., Awaitable[Any]],
     /,
     *iterables: AnyIterable,
     limit: int = 32,

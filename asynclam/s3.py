@@ -18,7 +18,7 @@ import inspect
 from collections.abc import AsyncIterable, Generator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from ._memory import SharedBuffer
 
@@ -220,6 +220,26 @@ class _Reader:
         raise StopAsyncIteration
 
 
+@overload
+def download_many(
+    client: Client,
+    bucket: str,
+    keys: Iterable[str] | AsyncIterable[str],
+    *,
+    limit: int = 32,
+    ordered: bool = False,
+    return_exceptions: Literal[False] = False,
+) -> Stream[tuple[str, SharedBuffer]]: ...
+@overload
+def download_many(
+    client: Client,
+    bucket: str,
+    keys: Iterable[str] | AsyncIterable[str],
+    *,
+    limit: int = 32,
+    ordered: bool = False,
+    return_exceptions: bool,
+) -> Stream[tuple[str, SharedBuffer] | BaseException]: ...
 def download_many(
     client: Client,
     bucket: str,
@@ -228,7 +248,7 @@ def download_many(
     limit: int = 32,
     ordered: bool = False,
     return_exceptions: bool = False,
-) -> Stream[tuple[str, SharedBuffer]]:
+) -> Stream[Any]:
     """Many objects as a stream of ``(key, buffer)``, as :func:`asynclam.map_io` gives them.
 
     ``map_cpu(parse, download_many(client, bucket, keys))`` parses some while it downloads others,

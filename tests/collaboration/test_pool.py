@@ -441,7 +441,7 @@ async def test_kill_fails_the_jobs(stage):
     waiting = stage.submit(3)
     stage.pool.kill()
     for job in (running, waiting):
-        with pytest.raises(ExecutorClosedError, match="tests.jobs.echo"):
+        with pytest.raises(ExecutorClosedError, match=r"tests\.jobs\.echo"):
             await job.future
     assert await one.frame() is None
     assert await stage.server.control.frame() is None

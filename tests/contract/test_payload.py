@@ -1,5 +1,6 @@
 """Payloads, calls and exceptions: there and back, without a process in between."""
 
+import builtins
 import functools
 import math
 import sys
@@ -256,9 +257,9 @@ def test_causes():
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with 3.11")
 def test_groups():
     """The members of a group arrive as themselves, too."""
-    group = ExceptionGroup("group", [jobs.OddError("one", second="two"), KeyError("key")])
+    group = builtins.ExceptionGroup("group", [jobs.OddError("one", second="two"), KeyError("key")])
     arrived = raised_by(jobs.raise_, group)
-    assert type(arrived) is ExceptionGroup
+    assert type(arrived) is builtins.ExceptionGroup
     assert type(arrived.exceptions[0]) is jobs.OddError
 
 

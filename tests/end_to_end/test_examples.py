@@ -1,0 +1,80 @@
+"""Every example runs, and every Python block of the README is in one of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asynclam
+from asynclam import s3
+
+ROOT = Path(asynclam.__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+README = ROOT / "README.md"
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=EXAMPLES,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def invoke(module: str, event: object, **environment: str) -> object:
+    """The result of a handler in a fresh process, as the runtime client calls it."""
+    code = (
+        f"import json, {module}\n"
+        f"print(json.dumps({module}.handler(json.loads({json.dumps(event)!r}), None)))"
+    )
+    return json.loads(run("-c", code, **environment))
+
+
+def test_hello():
+    """The smallest handler returns what the function returns."""
+    assert invoke("hello", {"n": 10}) == {"result": 55}
+
+
+async def test_s3_to_s3(s3_server, s3_client, bucket):
+    """Objects are downloaded, counted, and the report is in S3."""
+    texts = {f"text-{number}": b"one two two " * number for number in range(1, 6)}
+    for key, text in texts.items():
+        await s3.upload(s3_client, bucket, key, text)
+    event = {"bucket": bucket, "keys": list(texts), "report": "report.json"}
+    assert invoke("s3_to_s3", event, **s3_server.environment()) == {"words": 45, "different": 2}
+    report = await s3.download(s3_client, bucket, "report.json")
+    assert json.loads(bytes(report.view)) == {"one": 15, "two": 30}
+
+
+def test_gather():
+    """One gather awaits a worker, a thread and the loop."""
+    key, names, kernel = run("gather.py").split()
+    assert (len(key), int(names) > 0, kernel) == (16, True, os.uname().release)
+
+
+def test_pipeline():
+    """The pipeline's results are those of a loop."""
+    assert "decoder.py" in run("pipeline.py")
+
+
+def test_every_example_is_tested():
+    """No example goes without a test."""
+    tested = {"hello", "s3_to_s3", "gather", "pipeline"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
+def test_readme(block):
+    """What the README shows is what runs."""
+    assert any(block in path.read_text() for path in EXAMPLES.glob("*.py"))

@@ -1,0 +1,91 @@
+"""What a type checker says of the public surface. Checked by pyright (strict), never run."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from typing_extensions import assert_type
+
+from asynclam import (
+    Executor,
+    SharedBuffer,
+    Statistics,
+    Stream,
+    lambda_handler,
+    map_cpu,
+    map_io,
+    prepare,
+    run_blocking,
+    run_cpu,
+    set_default_executor,
+)
+
+
+def parse(data: bytes, *, strict: bool = False) -> int:
+    return len(data) if strict else 0
+
+
+async def download(key: str) -> bytes:
+    return key.encode()
+
+
+async def calls() -> None:
+    assert_type(await run_cpu(parse, b""), int)
+    assert_type(await run_cpu(parse, b"", strict=True), int)
+    assert_type(await run_blocking(parse, b""), int)
+    await run_cpu(parse, "text")  # pyright: ignore[reportArgumentType]
+    await run_cpu(parse)  # pyright: ignore[reportCallIssue]
+    await run_cpu(parse, b"", loose=True)  # pyright: ignore[reportCallIssue]
+
+
+async def streams() -> None:
+    assert_type(map_cpu(parse, [b""]), Stream[int])
+    assert_type(await map_cpu(parse, [b""]), list[int])
+    assert_type(await map_cpu(parse, [b""], return_exceptions=True), list[int | BaseException])
+    assert_type(await map_io(download, ["key"]), list[bytes])
+    assert_type(
+        await map_io(download, ["key"], return_exceptions=True), list[bytes | BaseException]
+    )
+    assert_type(await map_cpu(parse, map_io(download, ["key"])), list[int])
+    async for size in map_cpu(parse, [b""]):
+        assert_type(size, int)
+    async with map_io(download, ["key"]) as bodies:
+        assert_type(bodies, Stream[bytes])
+
+
+async def executors() -> None:
+    prepare()
+    set_default_executor(None)
+    async with Executor(2, start_method="spawn") as executor:
+        assert_type(await executor.run_cpu(parse, b""), int)
+        assert_type(await executor.map_cpu(parse, [b""]), list[int])
+        assert_type(await executor.map_io(download, ["key"]), list[bytes])
+        assert_type(executor.statistics(), Statistics)
+    Executor(start_method="forkserver")  # pyright: ignore[reportArgumentType]
+
+
+def buffers() -> None:
+    with SharedBuffer(10) as buffer:
+        assert_type(buffer.view, memoryview)
+        assert_type(buffer.nbytes, int)
+
+
+@asynccontextmanager
+async def lifespan() -> AsyncGenerator[str]:
+    yield "resource"
+
+
+@lambda_handler
+async def plain(event: dict[str, str], context: object) -> int:
+    return len(event)
+
+
+@lambda_handler(lifespan=lifespan)
+async def with_lifespan(event: dict[str, str], context: object) -> int:
+    return len(event)
+
+
+def handlers() -> None:
+    assert_type(plain({}, None), int)
+    assert_type(with_lifespan({}, None), int)
+    plain.start()
+    plain(5, None)  # pyright: ignore[reportArgumentType]
