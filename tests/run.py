@@ -1,0 +1,121 @@
+"""What the Makefile runs: makes a virtual environment, then tests, checks or shows something.
+
+    python -m tests.run test [--only plain|box] [ARGUMENTS OF PYTEST...]
+    python -m tests.run setup | demo | lint | types
+
+It needs nothing but CPython 3.10 or later with its venv module, and the package index. The virtual
+environment is ``.venvs/X.Y`` of the interpreter that runs this; it is made once, and again whenever
+``pyproject.toml`` has changed. The suite runs twice: as it is, and in a box (``parts/box.py``),
+where the tests that are marked ``outside``, which make boxes themselves, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.parts import box
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PROJECT = _ROOT / "pyproject.toml"
+_VERSION = ".".join(platform.python_version_tuple()[:2])
+_ENVIRONMENT = _ROOT / ".venvs" / _VERSION
+_PYTHON = str(_ENVIRONMENT / "bin" / "python")
+_STAMP = _ENVIRONMENT / "pyproject.sha256"
+_NO_TESTS_COLLECTED = 5  # pytest.ExitCode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        usage="python -m tests.run [-h] COMMAND [--only plain|box] [ARGUMENTS]"
+    )
+    parser.add_argument("command", choices=list(_COMMANDS))
+    parser.add_argument("--only", choices=["plain", "box"], help="where to run the tests")
+    options, rest = parser.parse_known_args()
+    os.chdir(_ROOT)
+    set_up()
+    return _COMMANDS[options.command](options.only, rest)
+
+
+def set_up() -> None:
+    """Makes the virtual environment, unless it is there and ``pyproject.toml`` is as it was."""
+    wanted = hashlib.sha256(_PROJECT.read_bytes()).hexdigest()
+    if _STAMP.is_file() and _STAMP.read_text(encoding="ascii") == wanted:
+        return
+    say(f"setting up {_ENVIRONMENT.relative_to(_ROOT)}, which takes a minute or two")
+    install = [_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for argv in (
+        [sys.executable, "-m", "venv", str(_ENVIRONMENT)],
+        [*install, "--upgrade", "pip>=25.1"],  # the first that knows --group
+        [*install, "--editable", ".", "--group", "dev"],
+    ):
+        if run(argv) != 0:
+            sys.exit(f"set-up failed: {' '.join(argv)}")
+    _STAMP.write_text(wanted, encoding="ascii")
+
+
+def test(only: str | None, arguments: Sequence[str]) -> int:
+    """Runs the suite on the plain machine and in the box, the second even if the first fails."""
+    pytest = [_PYTHON, "-m", "pytest"]
+    inside = [*pytest, "-p", "no:cacheprovider", "--basetemp=/tmp/pytest", "-m", "not outside"]
+    places = {
+        "plain": ("on the plain machine", [*pytest, *arguments], {}),
+        "box": (
+            "in the box",
+            box.command([*inside, *arguments]),
+            {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis"},
+        ),
+    }
+    failed = False
+    for name, (place, argv, variables) in places.items():
+        if only in {None, name}:
+            say(f"tests {place}, Python {_VERSION}")
+            status = run(argv, **variables)
+            # A selection may hold nothing but tests that are left out in the box.
+            failed |= status != 0 and not (arguments and status == _NO_TESTS_COLLECTED)
+    return int(failed)
+
+
+def demo(_only: str | None, arguments: Sequence[str]) -> int:
+    return run([_PYTHON, "-m", "asynclam", "demo", *arguments])
+
+
+def lint(_only: str | None, _arguments: Sequence[str]) -> int:
+    return run_all([_PYTHON, "-m", "ruff", "check"], [_PYTHON, "-m", "ruff", "format", "--check"])
+
+
+def types(_only: str | None, _arguments: Sequence[str]) -> int:
+    return run_all([_PYTHON, "-m", "mypy"], [_PYTHON, "-m", "pyright", "--pythonpath", _PYTHON])
+
+
+_COMMANDS: dict[str, Callable[[str | None, Sequence[str]], int]] = {
+    "setup": lambda _only, _arguments: 0,
+    "test": test,
+    "demo": demo,
+    "lint": lint,
+    "types": types,
+}
+
+
+def run_all(*commands: Sequence[str]) -> int:
+    """Runs commands, all of them even if one fails, and returns 1 if one has."""
+    statuses = [run(argv) for argv in commands]
+    return int(any(statuses))
+
+
+def run(argv: Sequence[str], **variables: str) -> int:
+    return subprocess.run(argv, env={**os.environ, **variables}, check=False).returncode
+
+
+def say(text: str) -> None:
+    print(f"=== {text} ===", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
