@@ -62,14 +62,21 @@ def client(*, max_concurrency: int = 32, **kwargs: Any) -> AbstractAsyncContextM
     return context
 
 
-@functools.cache
 def _aiobotocore() -> tuple[Any, Any]:
-    """The configuration class and the session, which keeps what it has loaded for the next client."""
+    """The configuration class, and a session: its credentials have locks, which belong to a loop."""
     try:
         config, session = (import_module(f"aiobotocore.{name}") for name in ("config", "session"))
     except ModuleNotFoundError as error:
         raise ImportError('asynclam.s3 needs aiobotocore: pip install "asynclam[s3]"') from error
-    return config.AioConfig, session.get_session()
+    new = session.get_session()
+    new.register_component("data_loader", _loader())
+    return config.AioConfig, new
+
+
+@functools.cache
+def _loader() -> Any:
+    """What all sessions share: the service descriptions that were loaded, some 60 ms of JSON."""
+    return import_module("aiobotocore.session").get_session().get_component("data_loader")
 
 
 def _settings(config_class: Any, max_concurrency: int) -> dict[str, Any]:
