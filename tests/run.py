@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,14 +73,38 @@ def test(only: str | None, arguments: Sequence[str]) -> int:
             {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis"},
         ),
     }
+    mark = f"{os.getpid()}-{time.time_ns()}"
     failed = False
     for name, (place, argv, variables) in places.items():
         if only in {None, name}:
             say(f"tests {place}, Python {_VERSION}")
-            status = run(argv, **variables)
+            status = run(argv, **variables, ASYNCLAM_TEST_RUN=mark)
             # A selection may hold nothing but tests that are left out in the box.
             failed |= status != 0 and not (arguments and status == _NO_TESTS_COLLECTED)
-    return int(failed)
+    survivors = marked(mark)
+    for pid in survivors:
+        say(f"process {pid} has survived the tests: {command_of(pid)}")
+    return int(failed or bool(survivors))
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that were started in this run, by the environment that they have inherited."""
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/environ")
+        if mark.encode() in read(path)
+    ]
+
+
+def command_of(pid: int) -> str:
+    return read(Path(f"/proc/{pid}/cmdline")).replace(b"\0", b" ").decode(errors="replace")
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended, or is none of ours
+        return b""
 
 
 def demo(_only: str | None, arguments: Sequence[str]) -> int:
