@@ -7,6 +7,7 @@ is then sent again by value. A function by value is never kept: its closure and 
 
 from __future__ import annotations
 
+import functools
 import pickle
 import struct
 import sys
@@ -23,8 +24,7 @@ _LENGTH = struct.Struct("<I")
 
 def name_of(fn: object) -> str:
     """How messages name a function: ``module.qualname``."""
-    while hasattr(fn, "func"):  # functools.partial
-        fn = fn.func
+    fn = _unwrapped(fn)
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     module = getattr(fn, "__module__", None) or type(fn).__module__
     return f"{module}.{name}"
@@ -51,16 +51,30 @@ def check(fn: object, user: str) -> None:
 
 
 def is_async(fn: object) -> bool:
-    """Whether ``fn`` is declared with ``async def``."""
-    while hasattr(fn, "func"):
-        fn = fn.func
+    """Whether ``fn`` is declared with ``async def``, as a coroutine function or a generator."""
+    return bool(_flags(fn) & (_COROUTINE | _ASYNC_GENERATOR))
+
+
+def is_coroutine_function(fn: object) -> bool:
+    """Whether calling ``fn`` gives a coroutine."""
+    return bool(_flags(fn) & _COROUTINE)
+
+
+_COROUTINE, _ASYNC_GENERATOR = 0x80, 0x200  # of the inspect module, without its import
+
+
+def _flags(fn: object) -> int:
+    fn = _unwrapped(fn)
     if not hasattr(fn, "__code__"):
         fn = type(fn).__call__ if callable(fn) else None  # an instance with an async __call__
-    code = getattr(fn, "__code__", None)
-    return code is not None and bool(code.co_flags & _ASYNC)
+    flags = getattr(getattr(fn, "__code__", None), "co_flags", 0)
+    return flags if isinstance(flags, int) else 0
 
 
-_ASYNC = 0x80 | 0x200  # inspect.CO_COROUTINE | CO_ASYNC_GENERATOR, without its import
+def _unwrapped(fn: object) -> object:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn
 
 
 class Call:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from . import _descriptors, _wire
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 _TURN = 1 << 20  # bytes read or sent before other callbacks of the loop have their turn
-_MOST_BUFFERS = 1024  # of one sendmsg: IOV_MAX
-_RETRY = 0.01  # seconds until descriptors in flight have been received (ETOOMANYREFS, unix(7))
+_RETRY = 0.01  # seconds until the kernel may have what it lacked
+_LACKS = (  # what passes: too many descriptors in flight (unix(7)), no memory for the buffer
+    errno.ETOOMANYREFS,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+)
 
 
 class _Output:
@@ -97,8 +101,9 @@ class Channel:
         self._loop = loop
         if not self.ended:
             loop.add_reader(self._descriptor, self._readable)
-        if self._writing:
-            loop.add_writer(self._descriptor, self._flush)
+        self._writing = False
+        if not self.closed:
+            self._flush()  # what waits registers the writer callback, or a retry, on this loop
 
     # --- output ----------------------------------------------------------------------------------
 
@@ -131,15 +136,15 @@ class Channel:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            if error.errno == errno.ETOOMANYREFS:
+            if error.errno in _LACKS:
                 self._watch_writable(False)
                 self._loop.call_later(_RETRY, self._retry)
                 return
-            self._break()
+            self._break(error)
         self._watch_writable(bool(self._output))
 
     def _send_some(self, output: _Output) -> int:
-        count = _descriptors.send(self._sock, output.buffers[:_MOST_BUFFERS], output.descriptors)
+        count = _descriptors.send(self._sock, output.buffers, output.descriptors)
         output.release()
         output.buffers = after(output.buffers, count)
         if not output.buffers:
@@ -150,10 +155,12 @@ class Channel:
         if not self.closed:
             self._flush()
 
-    def _break(self) -> None:
-        # The peer is gone. What it had sent before is still to be read, and its end is told there.
+    def _break(self, error: OSError) -> None:
         self._broken = True
         self._drop_output()
+        # If the peer is gone, what it had sent before is still to be read, and the end is told there.
+        if not isinstance(error, ConnectionError) and not self.ended:
+            self._end(error)
 
     def _drop_output(self) -> None:
         for output in self._output:
@@ -201,14 +208,19 @@ class Channel:
             try:
                 frames = self._decoder.received(nbytes, descriptors, truncated=truncated)
             except _wire.ProtocolError as error:
-                self._end(error)
+                self._deliver(error.frames)
+                if not self.ended:
+                    self._end(error)
                 return True
-            for frame in frames:
-                if self.closed:  # by the callback of the frame before
-                    frame.close()
-                else:
-                    self._on_frame(frame)
+            self._deliver(frames)
         return False
+
+    def _deliver(self, frames: Iterable[_wire.Frame]) -> None:
+        for frame in frames:
+            if self.closed:  # by the callback of the frame before
+                frame.close()
+            else:
+                self._on_frame(frame)
 
     def _end(self, reason: Exception | None) -> None:
         self._ended = True

@@ -43,7 +43,8 @@ def prepare() -> None:
 
     Call it at the end of the imports, before threads and connections are made: the workers then
     have all that is imported, and each starts in about a millisecond. Without it the first job
-    does the same. Calling it again does nothing.
+    does the same. Calling it again does nothing, nor does calling it in a worker or in the fork
+    server, which import the same modules.
 
     Raises:
         OSError: it could not be started.

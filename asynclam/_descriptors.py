@@ -41,9 +41,16 @@ def replace(descriptors: Iterable[int]) -> None:
     try:
         for descriptor in descriptors:
             if descriptor != null:
-                os.dup2(null, descriptor, inheritable=descriptor in _STANDARD)
+                _overwrite(descriptor, null)
     finally:
         os.close(null)
+
+
+def _overwrite(descriptor: int, null: int) -> None:
+    try:
+        os.dup2(null, descriptor, inheritable=descriptor in _STANDARD)
+    except OSError:  # EBADF above a limit that was lowered: nobody can be given that number again
+        os.close(descriptor)
 
 
 def replace_inherited(keep: Iterable[int]) -> None:
@@ -114,9 +121,10 @@ def send(
         if descriptors
         else ()
     )
-    return sock.sendmsg(parts, ancillary, flags | _NOSIGNAL)
+    return sock.sendmsg(parts[:_MOST_BUFFERS], ancillary, flags | _NOSIGNAL)
 
 
+_MOST_BUFFERS = 1024  # of one send: IOV_MAX
 _NOSIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))  # not on macOS, where Python ignores SIGPIPE
 
 

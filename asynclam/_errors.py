@@ -60,12 +60,24 @@ class WorkerDiedError(AsynclamError):
             return (
                 "a C extension crashed: run the function with python -X faulthandler to see where"
             )
+        if self.exitcode == INTERNAL_ERROR:
+            return "its traceback is on stderr: please report it as a bug of asynclam"
         if self.exitcode is not None:
             return "the function, or something that it called, used os._exit()"
         return "the machine may be out of memory: raise it or lower max_workers"
 
 
 _CRASHES = (_signal.SIGSEGV, _signal.SIGABRT, _signal.SIGBUS, _signal.SIGFPE, _signal.SIGILL)
+
+
+INTERNAL_ERROR = 70  # exit code of a worker that fails outside of a job (EX_SOFTWARE, sysexits.h)
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}({', '.join(map(repr, error.args))})"
+    except Exception:  # a repr of the user's
+        return type(error).__name__
 
 
 def signal_name(number: int) -> str:
@@ -104,6 +116,6 @@ class JobExitError(AsynclamError):
     def __init__(self, job: str, original: BaseException) -> None:
         self.original = original
         super().__init__(
-            f"{job} raised {type(original).__name__}({', '.join(map(repr, original.args))}), which "
+            f"{job} raised {_shown(original)}, which "
             "would stop the event loop or vanish in it; return a value or raise an Exception instead"
         )

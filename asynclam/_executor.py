@@ -70,8 +70,8 @@ class Executor:
         initializer: called in each worker before its first job.
         initargs: its arguments.
         start_method: how the fork server is started. ``"fork"``: from this process, so that what is
-            imported here is there; only while this process has a single thread. ``"spawn"``: as a
-            fresh interpreter. ``"auto"``: fork while that is safe and cheap.
+            imported here is there; safe only while this process has a single thread.
+            ``"spawn"``: as a fresh interpreter. ``"auto"``: fork while that is safe and cheap.
 
     Raises:
         ValueError: ``max_workers`` is negative, or ``start_method`` is none of the three.
@@ -90,10 +90,8 @@ class Executor:
         self._max_workers = _checked_workers(max_workers)
         if start_method not in ("auto", "fork", "spawn"):
             raise ValueError(f'start_method is "auto", "fork" or "spawn", not {start_method!r}')
-        if initializer is not None:
-            _call.check(initializer, "Executor(initializer=...)")
         self._start_method = start_method
-        self._initializer = initializer, initargs
+        self._initializer = _pickled_initializer(initializer, initargs)
         self._pools: list[Pool | InlinePool] = []
         self._pool: Pool | InlinePool | None = None  # that of the loop that asked last
         self._entered: asyncio.AbstractEventLoop | None = None
@@ -276,21 +274,7 @@ class Executor:
         from ._pool import Plan, Pool
 
         limit = partial(_limit, self._max_workers, self._pools)
-        return Pool(loop, Plan(self._start_method, self._pickled_initializer(), limit))
-
-    def _pickled_initializer(self) -> bytes:
-        initializer, arguments = self._initializer
-        if initializer is None:
-            return b""
-        try:
-            payload = _payload.dumps((initializer, arguments), main_is_shared=self._shares_main())
-        except Exception as error:
-            raise PayloadError(
-                f"the initializer {_call.name_of(initializer)} or its arguments cannot be sent to "
-                f"a worker: {type(error).__name__}: {error}; pass plain data"
-            ) from error
-        payload.close()
-        return b"".join(payload.parts)
+        return Pool(loop, Plan(self._start_method, self._initializer, limit))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -300,9 +284,9 @@ class Executor:
 
     def prepare(self) -> None:
         """Starts the fork server now; see :func:`asynclam.prepare`."""
-        if self._max_workers:
-            from . import _forkserver
+        from . import _forkserver
 
+        if self._max_workers and _forkserver.role == "loop process":
             _forkserver.ensure(self._start_method)
 
     # --- its life --------------------------------------------------------------------------------
@@ -366,7 +350,8 @@ class Executor:
     async def _close_pool(self, pool: Pool | InlinePool) -> None:
         loop = asyncio.get_running_loop()
         if pool.loop is loop:
-            await pool.close()
+            # Shielded: a second close awaits the same future, and nobody has cancelled that one.
+            await asyncio.shield(pool.close())
         else:
             _kill_in_loop(pool)
 
@@ -392,7 +377,12 @@ def _limit(max_workers: int, pools: list[Pool | InlinePool], pool: Pool) -> int:
 
     Not a method: pools live on in their loop's callbacks, and would keep the executor.
     """
-    return max(1, max_workers - sum(other.alive for other in pools if other is not pool))
+    others = [other for other in pools if other is not pool]
+    for other in others:
+        if other.loop.is_closed():  # its workers would wait for a loop that may never come
+            other.kill()
+            pools.remove(other)
+    return max(1, max_workers - sum(other.alive for other in others))
 
 
 def _cancel_if_cancelled(pool: Pool | InlinePool, job: Job, future: asyncio.Future[Any]) -> None:
@@ -406,6 +396,24 @@ def _kill_in_loop(pool: Pool | InlinePool) -> None:
         pool.kill()
     else:
         pool.loop.call_soon_threadsafe(pool.kill)
+
+
+def _pickled_initializer(
+    initializer: Callable[..., object] | None, arguments: tuple[object, ...]
+) -> bytes:
+    if initializer is None:
+        return b""
+    if not callable(initializer) or _call.is_async(initializer):
+        raise TypeError(
+            f"initializer is a plain function, called with initargs, not {initializer!r}"
+        )
+    try:
+        return _payload.dumps_whole((initializer, arguments))
+    except Exception as error:
+        raise PayloadError(
+            f"the initializer {_call.name_of(initializer)} or its arguments cannot be sent to "
+            f"a worker: {type(error).__name__}: {error}; pass plain data"
+        ) from error
 
 
 def _checked_workers(max_workers: int | None) -> int:

@@ -158,6 +158,9 @@ class ForkServer:
 _PATIENCE = 1000  # ms in which a server kills and reaps its workers; it takes some 2
 
 
+# What this process is. Modules that a server or a worker imports may prepare() as the program does.
+role: Literal["loop process", "fork server", "worker"] = "loop process"
+
 _lock = threading.Lock()  # two loops in two threads may want the first server at once
 _servers: dict[str, ForkServer] = {}  # by how they were started
 
@@ -170,7 +173,13 @@ def ensure(method: StartMethod) -> ForkServer:
 
     Raises:
         OSError: it could not be started.
+        RuntimeError: this is a fork server itself: a module that it preloads runs jobs on import.
     """
+    if role == "fork server":
+        raise RuntimeError(
+            "a job was submitted while a module was imported in the fork server; submit it in a "
+            "function that the program calls, not at the top level of a module"
+        )
     with _lock:
         method = _resolved(method)
         server = _servers.get(method)
@@ -188,7 +197,7 @@ def shares_main(method: StartMethod) -> bool:
 
 
 def discard(server: ForkServer) -> None:
-    """Forgets a server that has died; the next :func:`ensure` spawns another."""
+    """Forgets a server that has died; the next :func:`ensure` starts another."""
     with _lock:
         for method, known in list(_servers.items()):
             if known is server:
@@ -226,23 +235,40 @@ def can_fork() -> bool:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # macOS: system frameworks do not survive a fork
         return False
-    return threads == 1 and resident < _MOST_RESIDENT
+    return threads == 1 and resident < _MOST_RESIDENT and _has_free_descriptors()
+
+
+def _has_free_descriptors() -> bool:
+    # The numbers that a forked server inherits stay taken in all of its workers.
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft == resource.RLIM_INFINITY or len(_descriptors.open_descriptors()) < soft // 2
 
 
 def _fork() -> ForkServer:
     flush()
     ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            pid = _fork_child(theirs)
+        except BaseException:
+            ours.close()
+            raise
+    _descriptors.private(ours.fileno())
+    return ForkServer(ours, pid)
+
+
+def _fork_child(master: socket.socket) -> int:
     # A signal between the fork and the reset of the handlers would run the parent's in the child.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if not pid:
-            _in_child(theirs)
+            _in_child(master)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    theirs.close()
-    _descriptors.private(ours.fileno())
-    return ForkServer(ours, pid)
+    return pid
 
 
 def _in_child(master: socket.socket) -> NoReturn:
@@ -290,20 +316,25 @@ def _spawn() -> ForkServer:
 
     flush()
     ours, theirs = socket.socketpair()
+    command = [
+        sys.executable,
+        *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
+        "-c",
+        _SPAWNED,
+        str(theirs.fileno()),
+        *sys.path,
+    ]
     with theirs:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
-                "-c",
-                _SPAWNED,
-                str(theirs.fileno()),
-                *sys.path,
-            ],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
     _descriptors.private(ours.fileno())
     return ForkServer(ours, process)
 
@@ -331,6 +362,10 @@ atexit.register(stop)
 
 def serve_spawned(descriptor: int) -> NoReturn:
     """Entry point of a spawned fork server."""
+    import warnings
+
+    # A preloaded module may start threads (BLAS does), which Python 3.12 warns of at each fork.
+    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
     try:
         os.set_inheritable(descriptor, False)
         serve(socket.socket(fileno=descriptor), preload=True)
@@ -340,6 +375,8 @@ def serve_spawned(descriptor: int) -> NoReturn:
 
 def serve(master: socket.socket, *, preload: bool) -> NoReturn:
     """Runs the fork server until the master connection ends."""
+    global role
+    role = "fork server"
     _detach_signals()
     try:
         _Server(master, preload=preload).run()
@@ -380,7 +417,7 @@ class _Server:
         self._master = master
         self._preload = preload
         self._clients: dict[int, _Client] = {}  # by descriptor of the control connection
-        self._parents: dict[int, tuple[_Client, int]] = {}  # pid -> whose worker, which number
+        self._owners: dict[int, tuple[_Client, int]] = {}  # pid -> whose worker, which number
         self._wakeup, wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         wakeup.setblocking(False)
@@ -402,9 +439,11 @@ class _Server:
                     self._read(self._clients[descriptor])
 
     def _accept(self) -> None:
-        _, descriptors, _ = _descriptors.receive(self._master, memoryview(bytearray(1)))
-        if not descriptors:
+        nbytes, descriptors, _ = _descriptors.receive(self._master, memoryview(bytearray(1)))
+        if not nbytes:
             self._end()
+        if not descriptors:  # lost at the limit of descriptors; the other end reads end of file
+            return
         control = socket.socket(fileno=descriptors[0])
         self._clients[_descriptors.private(control.fileno())] = _Client(control)
         self._poll.register(control, select.POLLIN)
@@ -412,8 +451,8 @@ class _Server:
     def _end(self) -> NoReturn:
         for client in list(self._clients.values()):
             self._drop(client)
-        while self._parents:
-            self._parents.pop(os.waitpid(-1, 0)[0], None)
+        while self._owners:
+            self._owners.pop(os.waitpid(-1, 0)[0], None)
         os._exit(0)
 
     def _read(self, client: _Client) -> None:
@@ -439,7 +478,8 @@ class _Server:
             if frame.descriptors is None:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             recipe = Recipe.loads(frame.body)
-            if self._preload:
+            # Before the first worker only: meanwhile no worker can be killed.
+            if self._preload and not self._owners:
                 _import(recipe)
             flush()
             pid = os.fork()
@@ -452,14 +492,15 @@ class _Server:
                 _become_worker(recipe, frame)
             _set_group(pid)
             client.workers[frame.number] = pid
-            self._parents[pid] = client, frame.number
+            self._owners[pid] = client, frame.number
         finally:
             frame.close()
 
     def _kill(self, client: _Client, number: int) -> None:
         pid = client.workers.get(number)
         if pid is not None:  # else its EXITED is on its way
-            os.killpg(pid, signal.SIGKILL)
+            _kill_group(pid)
+            _kill_process(pid)  # a job may have left the group
 
     def _drop(self, client: _Client) -> None:
         for number in client.workers:
@@ -471,14 +512,31 @@ class _Server:
         client.control.close()
 
     def _reap(self) -> None:
-        while self._parents:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
+        while self._owners:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
                 return
-            client, number = self._parents.pop(pid, (None, 0))
+            pid = ended.si_pid
+            _kill_group(pid)  # what its jobs have spawned; the zombie still holds the number
+            _, status = os.waitpid(pid, 0)
+            client, number = self._owners.pop(pid, (None, 0))
             if client is not None:
                 del client.workers[number]
                 client.report(_wire.EXITED, number, status)
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except OSError:
+        pass  # it is empty
+
+
+def _kill_process(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        pass  # not ours to signal any more: it runs as somebody else
 
 
 def _import(recipe: Recipe) -> None:
@@ -502,6 +560,8 @@ def _set_group(pid: int) -> None:
 
 
 def _become_worker(recipe: Recipe, frame: _wire.Frame) -> NoReturn:
+    global role
+    role = "worker"
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, overload
 
-from . import _call
+from . import _call, _forkserver
 from ._default import default_executor, set_default_executor
 from ._executor import Executor
 
@@ -71,13 +71,13 @@ class Handler(Generic[Event, Context, Result]):
             RuntimeError: an event loop runs already in this thread.
         """
         self._refuse_running_loop()
-        self.start()
-        assert self._loop is not None
-        return self._loop.run_until_complete(self._invoke(event, context))
+        if self._resources is not None and self._resources.ended:
+            self.close()  # raises why; the next invocation starts anew
+        loop, resources = self._started()
+        return loop.run_until_complete(self._invoke(resources, event, context))
 
-    async def _invoke(self, event: Event, context: Context) -> Result:
-        assert self._resources is not None
-        token = _state.set(self._resources.state)
+    async def _invoke(self, resources: _Resources, event: Event, context: Context) -> Result:
+        token = _state.set(resources.state)
         try:
             return await self.__wrapped__(event, context)
         finally:
@@ -87,13 +87,18 @@ class Handler(Generic[Event, Context, Result]):
         """Forks the fork server, makes the loop and enters the lifespan; once.
 
         As the last line of the module it does so at init, where Lambda does not throttle the CPU.
+        In a worker or in the fork server, which import the same module, it does nothing.
 
         Raises:
             Exception: what the lifespan raises.
         """
-        if self._loop is not None:
-            return
-        self._refuse_running_loop()
+        if _forkserver.role == "loop process":
+            self._refuse_running_loop()
+            self._started()
+
+    def _started(self) -> tuple[asyncio.AbstractEventLoop, _Resources]:
+        if self._loop is not None and self._resources is not None:
+            return self._loop, self._resources
         if self._executor is not None:
             set_default_executor(self._executor)
         default_executor().prepare()
@@ -102,10 +107,11 @@ class Handler(Generic[Event, Context, Result]):
         try:
             loop.run_until_complete(resources.enter())
         except BaseException:
-            loop.close()
+            _close_loop(loop)
             raise
         self._loop, self._resources = loop, resources
         atexit.register(self.close)
+        return loop, resources
 
     def close(self) -> None:
         """Leaves the lifespan and closes the loop; the next invocation starts anew. Runs at exit."""
@@ -116,18 +122,16 @@ class Handler(Generic[Event, Context, Result]):
         atexit.unregister(self.close)
         try:
             loop.run_until_complete(resources.leave())
-            loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
-            loop.close()
+            _close_loop(loop)
 
     def _refuse_running_loop(self) -> None:
         if asyncio._get_running_loop() is not None:
+            name = _call.name_of(self.__wrapped__).rpartition(".")[2]
             raise RuntimeError(
-                f"{self.__name__}(event, context) starts an event loop, and one is running here; "
-                f"write: await {self.__name__}.__wrapped__(event, context)"
+                f"{name}(event, context) starts an event loop, and one is running here; "
+                f"write: await {name}.__wrapped__(event, context)"
             )
-
-    __name__: str
 
 
 class _Resources:
@@ -148,6 +152,11 @@ class _Resources:
         if self._task.done():
             await self._task  # raises what the lifespan has raised
 
+    @property
+    def ended(self) -> bool:
+        """Whether the lifespan has ended by itself: something in it has failed."""
+        return self._task.done()
+
     async def _live(self) -> None:
         async with self._lifespan() as self.state:
             self._entered.set_result(None)
@@ -161,6 +170,22 @@ class _Resources:
 @asynccontextmanager
 async def _no_lifespan() -> AsyncIterator[None]:
     yield None
+
+
+def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancels what still runs on the loop, as ``asyncio.run()`` does, and closes it."""
+    try:
+        loop.run_until_complete(_cancel(asyncio.all_tasks(loop)))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -210,7 +235,7 @@ def lambda_handler(
 def _make(
     fn: AsyncHandler[Any, Any, Any], *, lifespan: Lifespan | None, executor: Executor | None
 ) -> Handler[Any, Any, Any]:
-    if not callable(fn) or not _call.is_async(fn):
+    if not _call.is_coroutine_function(fn):
         name = getattr(fn, "__name__", type(fn).__name__)
         raise TypeError(
             f"@lambda_handler takes an async def handler(event, context); {name} is none: write "

@@ -24,25 +24,22 @@ class Job:
         future: its outcome.
         number: names it on the channel and on the page of marks.
         worker: who has it; ``None`` while it waits, and once it has ended.
+        losses: how many workers have died with it before it had begun.
     """
 
-    __slots__ = ("call", "future", "number", "worker")
+    __slots__ = ("call", "future", "losses", "number", "worker")
 
     def __init__(self, call: Call, future: Future[Any]) -> None:
         self.call = call
         self.future = future
         self.number = next(_numbers)
         self.worker: Any = None
+        self.losses = 0
 
     @property
     def name(self) -> str:
         """The function's name."""
         return self.call.name
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it is still wanted, and no worker has it."""
-        return self.worker is None and not self.future.done()
 
     def receive(self, frame: _wire.Frame, pid: int | None) -> None:
         """Settles the job with a worker's reply."""
@@ -50,9 +47,12 @@ class Job:
             if frame.kind == _wire.RESULT:
                 self.succeed(self._result(frame, pid))
             else:
-                self.fail(self.raised(frame, self.name, pid))
-        except PayloadError as error:
-            self.fail(error)
+                self.fail(_raised.loads(frame.body, self.name, pid))
+        except BaseException as error:
+            # Unpickling runs users' code, which may do anything but leave the job unsettled.
+            self.fail(self._unreadable(error))
+            if isinstance(error, KeyboardInterrupt):
+                raise  # as likely to be Ctrl-C
         finally:
             frame.close()
 
@@ -82,13 +82,7 @@ class Job:
         return exit_error
 
     def _result(self, frame: _wire.Frame, pid: int | None) -> Any:
-        try:
-            result = _payload.loads(frame.body, frame.flags, frame.descriptors)
-        except BaseException as error:
-            raise PayloadError(
-                f"the result of {self.name} could not be unpickled here: "
-                f"{type(error).__name__}: {error}; its type must be importable in this process, too"
-            ) from error
+        result = _payload.loads(frame.body, frame.flags, frame.descriptors)
         if self.call.keeps_errors:
             return [self._item(ok, value, pid) for ok, value in result]
         return result
@@ -96,7 +90,10 @@ class Job:
     def _item(self, ok: bool, value: Any, pid: int | None) -> Any:
         return value if ok else self._harmless(_raised.loads(value, self.name, pid))
 
-    @staticmethod
-    def raised(frame: _wire.Frame, name: str, pid: int | None) -> BaseException:
-        """The exception of a RAISED or FAILED frame."""
-        return _raised.loads(frame.body, name, pid)
+    def _unreadable(self, error: BaseException) -> PayloadError:
+        unreadable = PayloadError(
+            f"the result of {self.name} could not be unpickled here: "
+            f"{type(error).__name__}: {error}; its type must be importable in this process, too"
+        )
+        unreadable.__cause__ = error
+        return unreadable

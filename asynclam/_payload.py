@@ -60,6 +60,24 @@ def dumps(obj: object, *, main_is_shared: bool = True) -> Payload:
             raise refused from None
 
 
+def dumps_whole(obj: object) -> bytes:
+    """Pickles ``obj`` for another program run: in one piece, nothing of ``__main__`` by reference.
+
+    Raises:
+        Exception: whatever pickle raised, or that a SharedBuffer is in it.
+    """
+    try:
+        return _dump_without_main(obj, protocol=5)
+    except Exception as refused:
+        import cloudpickle
+
+        try:
+            data: bytes = cloudpickle.dumps(obj, protocol=5)
+        except Exception:
+            raise refused from None
+        return data
+
+
 def _dump_without_main(obj: object, **options: Any) -> bytes:
     data = pickle.dumps(obj, **options)
     if b"__main__" in data:

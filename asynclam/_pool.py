@@ -26,27 +26,29 @@ the control connection first, and the fork server kills the workers.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
 import socket
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _forkserver, _memory, _wire
+from . import _forkserver, _memory, _raised, _wire
 from ._channel import Channel
 from ._errors import AsynclamError, ExecutorClosedError, WorkerDiedError, WorkerStartError
 from ._job import Job
 from ._worker import Marks
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, Future
+    from asyncio import AbstractEventLoop, Future, TimerHandle
 
     from ._call import Call
 
 _MOST_FAILED_STARTS = 3  # in a row, until the jobs that wait are failed
+_MOST_LOSSES = 3  # workers that may die with a job before it has begun, until it fails
 _PATIENCE = 1.0  # seconds in which an idle worker exits after end of file, before it is killed
 _SLOTS = 512  # of the page of marks: one page of memory; workers that are dying have one, too
 
@@ -88,16 +90,18 @@ class Pool:
         self.deaths = 0
         self.completed = 0
         self._plan = plan
-        self._queue: deque[Job] = deque()
+        self._queue: OrderedDict[int, Job] = OrderedDict()  # by number, in order
         self._workers: dict[int, _Worker] = {}  # all whose end has not been told
         self._idle: list[_Worker] = []
         self._failed_starts = 0
+        self._start_cause: BaseException | None = None  # of the last failed start
         self._server: _forkserver.ForkServer | None = None
         self._control: Channel | None = None
         self._page = -1
         self._marks: Marks
         self._slots = list(range(_SLOTS))
         self._closing: Future[None] | None = None
+        self._last_call: TimerHandle | None = None  # ends the patience of a close
         self._killed = False
 
     # --- what the executor asks ------------------------------------------------------------------
@@ -105,14 +109,15 @@ class Pool:
     def submit(self, call: Call) -> Job:
         """Hands a call to a worker, now or as soon as one is free."""
         job = Job(call, self.loop.create_future())
-        if not self._queue:
+        if not self._queue or not self.alive:
             self._failed_starts = 0
-        self._queue.append(job)
+        self._queue[job.number] = job
         self._dispatch()
         return job
 
     def cancel(self, job: Job) -> None:
         """Stops the work on a job whose future is done: drops it, or kills the worker that has it."""
+        self._queue.pop(job.number, None)
         worker = job.worker
         if worker is not None and worker.job is job:
             worker.job = None
@@ -126,7 +131,8 @@ class Pool:
         self._closing = None
         for channel in self._channels():
             channel.attach(loop)
-        self._drop_queue()
+        for job in list(self._queue.values()):
+            self.cancel(job)
         for worker in list(self._workers.values()):
             if worker.job is not None:
                 self.cancel(worker.job)
@@ -141,7 +147,7 @@ class Pool:
     def kill(self) -> None:
         """Ends all workers at once and fails their jobs. Nothing is waited for."""
         self._killed = True
-        jobs = [job for job in self._queue if job.waiting]
+        jobs = list(self._queue.values())
         jobs += [worker.job for worker in self._workers.values() if worker.job is not None]
         self._queue.clear()
         self._idle.clear()
@@ -152,6 +158,8 @@ class Pool:
                 _kill_orphan(worker)
         self._workers.clear()
         self._close_page()
+        if self._last_call is not None:
+            self._last_call.cancel()
         for job in jobs:
             job.fail(ExecutorClosedError(f"the executor was killed before {job.name} had ended"))
         self._tell_closed()
@@ -163,7 +171,7 @@ class Pool:
     @property
     def queued(self) -> int:
         """How many jobs no worker has yet."""
-        return sum(job.waiting for job in self._queue)
+        return len(self._queue)
 
     @property
     def alive(self) -> int:
@@ -177,18 +185,14 @@ class Pool:
     # --- who gets the next job -------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        while self._idle and (job := self._next_job()) is not None:
+        while self._idle and self._queue:
+            _, job = self._queue.popitem(last=False)
             self._give(self._idle.pop(), job)
         while self._should_start():
             self._start_worker()
+        if self._queue and not self.alive and self._failed_starts >= _MOST_FAILED_STARTS:
+            self._fail_queue()
         self._advance_close()
-
-    def _next_job(self) -> Job | None:
-        while self._queue:
-            job = self._queue.popleft()
-            if job.waiting:
-                return job
-        return None
 
     def _give(self, worker: _Worker, job: Job) -> None:
         worker.state, worker.job, job.worker = _BUSY, job, worker
@@ -222,28 +226,23 @@ class Pool:
             self._start_failed(error)
             return
         worker = _Worker(self._slots.pop())
+        recipe = _forkserver.Recipe(worker.slot, self._plan.initializer, self._preload())
+        start = _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=2)
         worker.channel = Channel(
             self.loop, ours, partial(self._on_frame, worker), partial(self._on_end, worker)
         )
         self._workers[worker.number] = worker
         self._marks.clear(worker.slot)
-        recipe = _forkserver.Recipe(worker.slot, self._plan.initializer, self._preload())
-        control.send(
-            _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=2),
-            [theirs.fileno(), self._page],
-            theirs.close,
-        )
+        control.send(start, [theirs.fileno(), self._page], theirs.close)
 
     def _preload(self) -> tuple[str, ...]:
-        modules = {job.call.module for job in self._queue} - {"__main__", ""}
+        modules = {job.call.module for job in self._queue.values()} - {"__main__", ""}
         return tuple(sorted(modules))
 
     def _connect(self) -> Channel:
         if self._control is not None:
             return self._control
-        if self._page < 0:
-            self._page = _memory.create_segment(8 * _SLOTS)
-            self._marks = Marks(_memory.map_segment(self._page))
+        self._make_page()
         server = _forkserver.ensure(self._plan.start_method)
         try:
             connection = server.connect()
@@ -255,19 +254,31 @@ class Pool:
         self._control = Channel(self.loop, connection, self._on_report, self._on_server_end)
         return self._control
 
+    def _make_page(self) -> None:
+        if self._page >= 0:
+            return
+        page = _memory.create_segment(8 * _SLOTS)
+        try:
+            self._marks = Marks(_memory.map_segment(page))
+        except OSError:
+            os.close(page)
+            raise
+        self._page = page
+
     def _start_failed(self, cause: BaseException) -> None:
         self._failed_starts += 1
-        if self._failed_starts < _MOST_FAILED_STARTS or self.alive:
-            return
-        queue, self._queue = self._queue, deque()
-        for job in queue:
-            if job.waiting:
-                error = WorkerStartError(
-                    f"no worker could be started for {job.name}, {self._failed_starts} times in a "
-                    f"row: {type(cause).__name__}: {cause}; {_advice(cause)}"
-                )
-                error.__cause__ = cause
-                job.fail(error)
+        self._start_cause = cause
+
+    def _fail_queue(self) -> None:
+        cause, jobs = self._start_cause, list(self._queue.values())
+        self._queue.clear()
+        for job in jobs:
+            error = WorkerStartError(
+                f"no worker could be started for {job.name}, {self._failed_starts} times in a "
+                f"row: {type(cause).__name__}: {cause}; {_advice(cause)}"
+            )
+            error.__cause__ = cause
+            job.fail(error)
 
     # --- what workers say ------------------------------------------------------------------------
 
@@ -277,7 +288,8 @@ class Pool:
             self._failed_starts = 0
             self._release(worker)
         elif frame.kind == _wire.FAILED and worker.state == _STARTING:
-            worker.cause = Job.raised(frame, "the initializer", worker.pid)
+            worker.pid = frame.number
+            worker.cause = _raised.loads(frame.body, "the initializer", worker.pid)
         elif worker.job is not None and worker.job.number == frame.number:
             self._on_reply(worker, worker.job, frame)
         else:
@@ -311,6 +323,7 @@ class Pool:
             worker.state = _DYING
         if isinstance(reason, _wire.ProtocolError):
             worker.cause = reason
+            worker.channel.close()  # nothing more is believed
         if worker.orphan:
             _kill_orphan(worker)
         elif worker.status is None:
@@ -357,20 +370,22 @@ class Pool:
         self._slots.append(worker.slot)
         job, worker.job = worker.job, None
         if worker.state == _STARTING:
-            self._start_failed(worker.cause or _death("its first job", worker))
+            self._start_failed(worker.cause or _death("nothing yet", worker))
         elif job is not None:
             self.deaths += 1
             self._settle(job, begun, worker)
         self._dispatch()
 
     def _settle(self, job: Job, begun: int, worker: _Worker) -> None:
-        if begun == job.number:
+        job.losses += 1
+        if begun == job.number or job.losses == _MOST_LOSSES:
             error = _death(job.name, worker)
             error.__cause__ = worker.cause
             job.fail(error)
         else:  # it had not begun: it runs elsewhere, and first
             job.worker = None
-            self._queue.appendleft(job)
+            self._queue[job.number] = job
+            self._queue.move_to_end(job.number, last=False)
 
     def _kill(self, worker: _Worker) -> None:
         worker.state = _DYING
@@ -397,13 +412,9 @@ class Pool:
             if worker.state in (_STARTING, _IDLE):
                 worker.state = _DYING
                 worker.channel.close()
-                self.loop.call_later(_PATIENCE, self._tell_kill, worker)
         self._idle.clear()
-
-    def _drop_queue(self) -> None:
-        for job in self._queue:
-            job.call.close()
-        self._queue.clear()
+        if self._last_call is None:
+            self._last_call = self.loop.call_later(_PATIENCE, self.kill)
 
     def _close_page(self) -> None:
         if self._page >= 0:
@@ -435,9 +446,12 @@ def _death(job: str, worker: _Worker) -> WorkerDiedError:
     return WorkerDiedError(job, pid=worker.pid, exitcode=os.waitstatus_to_exitcode(status))
 
 
-def _advice(cause: BaseException) -> str:
-    if isinstance(cause, OSError) and cause.errno is not None:
-        return "lower max_workers, or raise the limit of processes, descriptors or memory"
+def _advice(cause: BaseException | None) -> str:
     if isinstance(cause, WorkerDiedError):
         return "it may lack memory; call the initializer and import the module alone to see"
-    return "correct the initializer"
+    if isinstance(cause, OSError) and cause.errno in _LIMITS:
+        return "lower max_workers, or raise the limit of processes, descriptors or memory"
+    return "if the initializer raised it, correct that"
+
+
+_LIMITS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)

@@ -30,7 +30,9 @@ def dumps(error: BaseException, *, skip: int = 0) -> bytes:
     traceback = error.__traceback__
     for _ in range(skip):
         traceback = traceback and traceback.tb_next
-    error.__traceback__ = traceback
+    error = BaseException.with_traceback(
+        error, traceback
+    )  # even where the class sets no attributes
     summary = pickle.dumps((_type_name(error), _text(error), _format(error)))
     return b"".join([_LENGTH.pack(len(summary)), summary, _pickled(error)])
 
@@ -44,7 +46,7 @@ def _type_name(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as broken:
+    except BaseException as broken:
         return f"<its __str__ raised {type(broken).__name__}>"
 
 
@@ -53,38 +55,42 @@ def _format(error: BaseException) -> str:
 
     try:
         return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception as broken:
+    except BaseException as broken:
         return f"{_type_name(error)}: {_text(error)} (no traceback: {type(broken).__name__})\n"
 
 
 def _pickled(error: BaseException) -> bytes:
     """The exception, or what can be kept of it; empty where not even its class can be named."""
     try:
-        return _dump(error)
+        return _dump(error, whole=True)
+    except BaseException:
+        pass  # something in it cannot be pickled, or it is its own argument
+    try:
+        return _dump(error, whole=False)
     except BaseException:
         return b""
 
 
-def _dump(obj: object) -> bytes:
+def _dump(obj: object, *, whole: bool) -> bytes:
     try:
-        return _dump_with(pickle.Pickler, obj)
+        return _dump_with(pickle.Pickler, obj, whole=whole)
     except Exception as refused:
         import cloudpickle
 
         try:
-            return _dump_with(cloudpickle.Pickler, obj)
+            return _dump_with(cloudpickle.Pickler, obj, whole=whole)
         except Exception:
             raise refused from None
 
 
-def _dump_with(pickler: Any, obj: object) -> bytes:
+def _dump_with(pickler: Any, obj: object, *, whole: bool) -> bytes:
     class Pickler(pickler):  # type: ignore[misc]
         causes = 0
 
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, BaseException):
                 self.causes += 1
-                return _reduce(obj, with_cause=self.causes <= _MOST_CAUSES)
+                return _reduce(obj, whole=whole, with_cause=self.causes <= _MOST_CAUSES)
             inherited = getattr(super(), "reducer_override", None)
             return inherited(obj) if inherited else NotImplemented
 
@@ -93,22 +99,21 @@ def _dump_with(pickler: Any, obj: object) -> bytes:
     return file.getvalue()
 
 
-def _reduce(error: BaseException, *, with_cause: bool) -> Any:
+def _reduce(error: BaseException, *, whole: bool, with_cause: bool) -> Any:
     kind = type(error)
     if _reduces_itself(kind) and _survives(error):
         return NotImplemented
     base = _builtin_base(kind)
     reduced: tuple[Any, ...] = base.__reduce__(error)  # type: ignore[assignment]
     _, args, *state = reduced
-    attributes = (state and state[0]) or {}
-    return _create, (
-        kind,
-        base,
-        tuple(map(_keepable, args)),
-        {name: value for name, value in attributes.items() if _is_keepable(value)},
-        error.__cause__ if with_cause else None,
-        error.__suppress_context__,
-    )
+    attributes = dict((state and state[0]) or {})
+    if not whole:
+        args = tuple(map(_keepable, args))
+        attributes = {name: value for name, value in attributes.items() if _is_keepable(value)}
+    attributes["__cause__"] = error.__cause__ if whole and with_cause else None
+    attributes["__suppress_context__"] = error.__suppress_context__
+    # What is set after it was created may refer to the exception itself.
+    return _create, (kind, base, args), attributes, None, None, _set_attributes
 
 
 def _reduces_itself(kind: type[BaseException]) -> bool:
@@ -141,7 +146,7 @@ def _is_builtin(kind: type) -> bool:
 
 def _is_keepable(value: object) -> bool:
     try:
-        _dump(value)
+        _dump(value, whole=True)
     except BaseException:
         return False
     return True
@@ -168,6 +173,8 @@ def loads(body: bytearray, job: str, pid: int | None) -> BaseException:
         if not data:
             raise pickle.PicklingError("its class cannot be pickled")
         error = _rebuild(data)
+    except KeyboardInterrupt:
+        raise  # as likely to be Ctrl-C
     except BaseException as reason:
         error = PayloadError(
             f"{job} raised {kind}: {text}; the exception itself could not be sent back "
@@ -185,20 +192,15 @@ def _rebuild(data: bytearray) -> BaseException:
     return error
 
 
-def _create(  # noqa: PLR0917 - a reducer passes by position
-    kind: Any,
-    base: Any,
-    args: tuple[Any, ...],
-    attributes: dict[str, Any],
-    cause: BaseException | None,
-    suppress: bool,
-) -> BaseException:
+def _create(kind: Any, base: Any, args: tuple[Any, ...]) -> BaseException:
     error: BaseException = base.__new__(kind, *args)
     base.__init__(error, *args)  # fills the C fields: code, value, errno, start, end, ...
-    base.__setstate__(error, attributes)
-    error.__cause__ = cause
-    error.__suppress_context__ = suppress
     return error
+
+
+def _set_attributes(error: BaseException, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        BaseException.__setattr__(error, name, value)  # even where the class is frozen
 
 
 class WorkerTraceback(Exception):  # noqa: N818 - it is shown, never caught
@@ -210,7 +212,10 @@ class WorkerTraceback(Exception):  # noqa: N818 - it is shown, never caught
 
 def _show(error: BaseException, text: str) -> None:
     if sys.version_info >= (3, 11):
-        error.add_note(text)
+        notes = getattr(error, "__notes__", None)
+        # Not add_note(), which fails where a job has set __notes__ to anything but a list.
+        shown = [*notes, text] if isinstance(notes, list) else [text]
+        BaseException.__setattr__(error, "__notes__", shown)
         return
     last = error
     while last.__cause__ is not None:

@@ -26,6 +26,7 @@ from collections.abc import (
     Generator,
     Iterable,
 )
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -62,21 +63,25 @@ async def batched(iterables: tuple[AnyIterable, ...], size: int) -> AsyncGenerat
 
 async def zipped(iterables: tuple[AnyIterable, ...]) -> AsyncGenerator[tuple[Any, ...], None]:
     """Tuples of one item of each iterable, until the shortest ends; closes those that can be closed."""
-    iterators = [_iterator(iterable) for iterable in iterables]
-    try:
+    async with AsyncExitStack() as stack:
+        iterators = []
+        for iterable in iterables:
+            iterators.append(_iterator(iterable))
+            stack.push_async_callback(_close, iterators[-1])
         while True:
-            items = []
-            for iterator in iterators:
-                if isinstance(iterator, AsyncIterator):
-                    items.append(await anext(iterator))
-                else:
-                    items.append(next(iterator))
-            yield tuple(items)
-    except (StopIteration, StopAsyncIteration):
-        return
-    finally:
-        for iterator in iterators:
-            await _close(iterator)
+            try:
+                items = tuple([await _next(iterator) for iterator in iterators])
+            except StopAsyncIteration:
+                return
+            yield items
+
+
+async def _next(iterator: Any) -> Any:
+    if isinstance(iterator, AsyncIterator):
+        return await anext(iterator)
+    for item in iterator:  # a StopIteration cannot leave a coroutine
+        return item
+    raise StopAsyncIteration
 
 
 def _iterator(iterable: AnyIterable) -> Any:
@@ -119,12 +124,15 @@ class Stream(Generic[T]):
             _Engine, iterables, start, limit, size=size, return_exceptions=return_exceptions
         )
         self._engine: _Engine | None = None
+        self._closed = False
         self._results: deque[T] = deque()  # of the batch that is being delivered
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T:
+        if self._closed:
+            raise StopAsyncIteration
         engine = self._engine or self._begin(ordered=self._ordered)
         while not self._results:
             batch = await engine.next()
@@ -140,7 +148,7 @@ class Stream(Generic[T]):
 
     async def list(self) -> list[T]:
         """All results, in the order of the input."""
-        if self._engine:
+        if self._engine or self._closed:
             raise RuntimeError(f"this {self._name}() stream was used already; make another one")
         engine = self._begin(ordered=False)
         batches: dict[int, list[T]] = {}
@@ -158,6 +166,7 @@ class Stream(Generic[T]):
 
     async def aclose(self) -> None:
         """Cancels what is not done, waits until it is gone, and closes the source."""
+        self._closed = True
         self._results.clear()
         if self._engine:
             await self._engine.close()
@@ -218,6 +227,7 @@ class _Engine:
         self._exhausted = False
         self._failure: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._cleanup_error: BaseException | None = None
         self.ended = False
         self._pump = self._loop.create_task(self._read_source())
 
@@ -227,8 +237,15 @@ class _Engine:
                 await self._start_all()
             finally:
                 await self._source.aclose()
+        except asyncio.CancelledError as error:
+            if self.ended:
+                raise
+            self._fail(JobExitError("the source", error))  # it was cancelled, and we were not
         except Exception as error:
             self._fail(error)
+        except BaseException as error:
+            self._fail(JobExitError("the source", error))
+            raise
         finally:
             self._exhausted = True
             self._wake()
@@ -237,12 +254,22 @@ class _Engine:
         index = 0
         await self._wait_for_room()
         async for batch in self._source:
-            future = self._start(batch)
+            future = self._started(batch)
             self._open += len(batch)
             self._running[future] = index, len(batch)
             future.add_done_callback(self._on_done)
             index += 1
             await self._wait_for_room()
+
+    def _started(self, batch: Batch) -> Future:
+        try:
+            return self._start(batch)
+        except Exception as error:  # an item that cannot be pickled
+            if not self._return_exceptions:
+                raise
+            future = self._loop.create_future()
+            future.set_exception(error)
+            return future
 
     async def _wait_for_room(self) -> None:
         while self._open > self._most_open:
@@ -260,7 +287,9 @@ class _Engine:
         self._wake()
 
     def _fail(self, error: BaseException) -> None:
-        if self._failure is None:
+        if self.ended:
+            self._cleanup_error = error
+        elif self._failure is None:
             self._failure = error
         self._wake()
 
@@ -270,20 +299,24 @@ class _Engine:
 
     async def next(self) -> tuple[int, list[Any]] | None:
         """The next batch with its index, or ``None`` after the last."""
+        if self._waiter is not None:
+            raise RuntimeError("two tasks read one stream; give each a stream of its own")
+        if self.ended:
+            return None
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError("this stream belongs to another event loop; make another one here")
         try:
-            while not self.ended:
-                if self._failure is not None:
-                    raise self._failure
+            while self._failure is None and (self._running or not self._exhausted):
                 future = self._ready()
                 if future is not None:
                     return self._outcome(future)
-                if self._exhausted and not self._running:
-                    break
                 await self._wait()
-            await self.close()
+            if self._failure is not None:
+                raise self._failure
         except BaseException:
             await self.close()
             raise
+        await self.close()
         return None
 
     def _outcome(self, future: Future) -> tuple[int, list[Any]]:
@@ -298,13 +331,13 @@ class _Engine:
         return self._done.popleft() if self._done else None
 
     async def _wait(self) -> None:
-        if self._waiter is not None:
-            raise RuntimeError("two tasks read one stream; give each a stream of its own")
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
+        if self.ended:
+            raise RuntimeError("this stream was closed while it was read")
 
     def delivered(self, count: int = 1) -> None:
         """Makes room: the consumer has taken so many results."""
@@ -312,27 +345,37 @@ class _Engine:
         self._room.set()
 
     async def close(self) -> None:
-        """Cancels the pump and what is under way, and waits until they have ended."""
-        self.ended = True
-        self._wake()
-        under_way = self._cancel()
+        """Cancels the pump and what is under way, and waits until they have ended.
+
+        Raises:
+            Exception: what the source raised when it was closed.
+        """
+        self._end()
+        under_way = self._under_way()
         if under_way:
             await asyncio.wait(under_way)
         self._running.clear()
         self._done.clear()
+        error, self._cleanup_error = self._cleanup_error, None
+        if error is not None:
+            raise error
 
-    def _cancel(self) -> list[asyncio.Future[Any]]:
-        candidates: list[asyncio.Future[Any]] = [self._pump, *self._running]
-        under_way = [future for future in candidates if not future.done()]
-        for future in under_way:
+    def _end(self) -> None:
+        if self.ended:
+            return  # cancelled once is enough: the source may await in its finally block
+        self.ended = True
+        self._wake()
+        for future in self._under_way():
             future.cancel()
-        return under_way
+
+    def _under_way(self) -> list[asyncio.Future[Any]]:
+        candidates: list[asyncio.Future[Any]] = [self._pump, *self._running]
+        return [future for future in candidates if not future.done()]
 
     def abandon(self) -> None:
         """Cancels the same from wherever the garbage collector runs; nobody waits for it."""
-        self.ended = True
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._cancel)
+            self._loop.call_soon_threadsafe(self._end)
 
 
 def at_least_one(name: str, value: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
     from anyio import CapacityLimiter
@@ -31,7 +32,9 @@ class Threads:
         await borrowing.limiter.acquire_on_behalf_of(borrowing)
         self.busy += 1
 
-        def call() -> T:
+        def call() -> T | None:
+            if not borrowing.claim():
+                return None  # abandoned before it ran: nobody waits for a result
             try:
                 return fn()
             finally:
@@ -41,12 +44,13 @@ class Threads:
                     borrowing.end()
 
         try:
-            return await anyio.to_thread.run_sync(
+            result = await anyio.to_thread.run_sync(
                 call, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
             )
-        except asyncio.CancelledError:
+        except BaseException:
             borrowing.abandon()
             raise
+        return cast("T", result)
 
     def _limiter(self, loop: asyncio.AbstractEventLoop) -> CapacityLimiter:
         import anyio
@@ -64,14 +68,25 @@ class _Borrowing:
     def __init__(self, threads: Threads, limiter: CapacityLimiter) -> None:
         self.limiter = limiter
         self._threads = threads
+        self._claim = (
+            threading.Lock()
+        )  # taken by the thread that runs, or by who gives it up before
         self._ended = self._abandoned = False
 
+    def claim(self) -> bool:
+        """Whether the function is still to be run, and by whoever asks."""
+        return self._claim.acquire(blocking=False)
+
     def abandon(self) -> None:
-        if not self._ended:
+        """Nobody waits any more: the thread runs on, unless it has not begun or has ended."""
+        if self.claim():
+            self.end()
+        elif not self._ended:
             self._abandoned = True
             self._threads.abandoned += 1
 
     def end(self) -> None:
+        """The thread is free again."""
         self._ended = True
         self._threads.busy -= 1
         self._threads.abandoned -= self._abandoned

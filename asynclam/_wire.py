@@ -52,7 +52,13 @@ Part = bytes | bytearray | memoryview
 
 
 class ProtocolError(Exception):
-    """What was received is no frame: the peer, or something in its process, wrote garbage."""
+    """What was received is no frame: the peer, or something in its process, wrote garbage.
+
+    Attributes:
+        frames: those that came before it.
+    """
+
+    frames: tuple[Frame, ...] = ()
 
 
 class Frame:
@@ -170,8 +176,12 @@ class Decoder:
                 self._large = None
             return frames
         self._end += nbytes
-        while (frame := self._next_small()) is not None:
-            frames.append(frame)
+        try:
+            while (frame := self._next_small()) is not None:
+                frames.append(frame)
+        except ProtocolError as error:
+            error.frames = tuple(frames)
+            raise
         return frames
 
     def _next_small(self) -> Frame | None:

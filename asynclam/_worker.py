@@ -20,7 +20,7 @@ from contextvars import Context
 from typing import Any, NoReturn
 
 from . import _call, _descriptors, _payload, _raised, _wire
-from ._errors import PayloadError
+from ._errors import INTERNAL_ERROR, PayloadError
 
 
 class Marks:
@@ -70,7 +70,7 @@ class Worker:
             pass  # the loop process is gone
         except BaseException:
             sys.excepthook(*sys.exc_info())
-            code = 1
+            code = INTERNAL_ERROR
         finally:
             flush()
             os._exit(code)
@@ -79,7 +79,7 @@ class Worker:
         try:
             initializer()
         except BaseException as error:
-            self._reply(_wire.FAILED, 0, [_raised.dumps(error, skip=1)])
+            self._reply(_wire.FAILED, self._pid, [_raised.dumps(error, skip=1)])
             return False
         return True
 
@@ -143,12 +143,9 @@ def send_all(
     """
     rest = [memoryview(buffer) for buffer in buffers]
     while rest:
-        sent = _descriptors.send(channel, rest[:_MOST_BUFFERS], descriptors)
+        sent = _descriptors.send(channel, rest, descriptors)
         descriptors = ()
         rest = after(rest, sent)
-
-
-_MOST_BUFFERS = 1024  # of one sendmsg: IOV_MAX
 
 
 def after(buffers: list[memoryview], sent: int) -> list[memoryview]:
@@ -166,13 +163,13 @@ Reply = tuple[Any, ...]  # the arguments of Worker._reply
 def run(frame: _wire.Frame, begin: Callable[[int], None]) -> Reply:
     """Runs one job; whatever happens in it becomes the reply."""
     number = frame.number
+    begin(number)  # unpickling and importing are users' code, too
     try:
         fn, args, kwargs = _call.receive(frame)
     except _call.UnknownNameError as error:
         return _wire.REFUSED, number, [str(error).encode()]
     except PayloadError as error:
         return _wire.RAISED, number, [_raised.dumps(error)]
-    begin(number)
     try:
         if frame.flags & _wire.CHUNK:
             result = Context().run(_run_chunk, fn, args, bool(frame.flags & _wire.KEEP_ERRORS))
@@ -181,7 +178,7 @@ def run(frame: _wire.Frame, begin: Callable[[int], None]) -> Reply:
     except BaseException as error:
         skip = 2 if frame.flags & _wire.CHUNK else 1
         return _wire.RAISED, number, [_raised.dumps(error, skip=skip)]
-    return _result(number, result, fn)
+    return _result(frame, result, fn)
 
 
 def _run_chunk(
@@ -200,16 +197,31 @@ def _run_chunk(
     return results
 
 
-def _result(number: int, result: object, fn: Callable[..., object]) -> Reply:
+def _result(frame: _wire.Frame, result: Any, fn: Callable[..., object]) -> Reply:
     try:
         payload = _payload.dumps(result)
     except BaseException as error:
-        refused = PayloadError(
-            f"the result of {_call.name_of(fn)} (of type {type(result).__qualname__}) cannot be "
-            f"sent back: {type(error).__name__}: {error}; return plain data instead"
-        )
-        return _wire.RAISED, number, [_raised.dumps(refused)]
-    return _wire.RESULT, number, payload.parts, payload.flags, payload
+        if not frame.flags & _wire.KEEP_ERRORS:
+            refused = _raised.dumps(_refused(fn, result, error))
+            return _wire.RAISED, frame.number, [refused]
+        payload = _payload.dumps([_sendable(item, fn) for item in result])
+    return _wire.RESULT, frame.number, payload.parts, payload.flags, payload
+
+
+def _sendable(item: tuple[bool, object], fn: Callable[..., object]) -> tuple[bool, object]:
+    """The item of a chunk, or why it cannot be sent back; its siblings can."""
+    try:
+        _payload.dumps(item).close()
+    except BaseException as error:
+        return False, _raised.dumps(_refused(fn, item[1], error))
+    return item
+
+
+def _refused(fn: Callable[..., object], result: object, error: BaseException) -> PayloadError:
+    return PayloadError(
+        f"the result of {_call.name_of(fn)} (of type {type(result).__qualname__}) cannot be "
+        f"sent back: {type(error).__name__}: {error}; return plain data instead"
+    )
 
 
 def flush() -> None:

@@ -184,3 +184,51 @@ def initialized():
 
 def fail_to_initialize():
     raise RuntimeError("the initializer is wrong")
+
+
+def lock_if(wanted):
+    return threading.Lock() if wanted else None
+
+
+def bad_notes():
+    error = ValueError("text")
+    error.__notes__ = "abc"
+    raise error
+
+
+class BadRepr:
+    def __repr__(self):
+        raise RuntimeError("in __repr__")
+
+
+def bad_exit():
+    raise SystemExit(BadRepr())
+
+
+class FrozenError(Exception):
+    """Nobody may set its attributes, as in a frozen dataclass."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+
+def frozen():
+    raise FrozenError(3)
+
+
+class KillsWhoUnpickles:
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def spawn_forever():
+    import subprocess
+
+    return subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL).pid
+
+
+def leave_the_group(path):
+    from tests.parts.gate import pass_through
+
+    os.setpgid(0, os.getpgid(os.getppid()))
+    return pass_through(path)

@@ -1,6 +1,7 @@
 """A channel on a real socketpair with tiny buffers: any size both ways, nothing blocks."""
 
 import asyncio
+import errno
 import os
 import socket
 import threading
@@ -189,6 +190,17 @@ def write_and_close(sock, count, body):
     sock.close()
 
 
+async def test_a_send_that_cannot_be(ends, monkeypatch):
+    """A send that fails for another reason than the peer's end is told as the end, with the reason."""
+    monkeypatch.setattr(_descriptors, "send", refuse_to_send)
+    ends.channel.send(frame(1))
+    assert [error.errno for error in ends.reasons] == [errno.EINVAL]
+
+
+def refuse_to_send(*args):
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
 async def test_garbage_ends_the_channel(ends):
     """What is no frame ends the channel, with the reason."""
     ends.theirs.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -241,9 +253,10 @@ def echo_one(sock):
     _worker.send_all(sock, _wire.encode(_wire.RESULT, 1, [received.body]))
 
 
-async def test_too_many_descriptors_in_flight(ends, monkeypatch):
-    """Where the kernel holds too many descriptors in flight (ETOOMANYREFS), the frame waits."""
-    real, failures = _descriptors.send, [OSError(109, "ETOOMANYREFS")]
+@pytest.mark.parametrize("code", [errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM])
+async def test_what_the_kernel_lacks_for_a_moment(ends, monkeypatch, code):
+    """Too many descriptors in flight, or no memory for a buffer: the frame waits, and is not lost."""
+    real, failures = _descriptors.send, [OSError(code, os.strerror(code))]
 
     def send(*args):
         if failures:

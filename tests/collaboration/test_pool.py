@@ -165,6 +165,18 @@ async def test_death_before_the_job_began(stage):
     assert all(not job.future.done() for job in later)
 
 
+async def test_a_job_that_keeps_killing_workers_before_it_begins(stage):
+    """A call that no worker lives long enough to begin fails after three of them."""
+    job = stage.submit(1)
+    for _ in range(3):
+        worker = await stage.ready_worker()
+        await worker.job()
+        worker.close()
+        stage.server.exited(worker)
+    with pytest.raises(WorkerDiedError):
+        await job.future
+
+
 async def test_a_result_and_a_death_together(stage):
     """A result that was sent before the death counts, if the two arrive together."""
     job, worker, frame = await stage.busy()
@@ -387,6 +399,40 @@ async def test_failed_starts_while_another_worker_lives(stage):
     one.reply(frame_one, "one")
     one.reply(await one.job(), "two")
     assert [await first.future, await second.future] == ["one", "two"]
+
+
+async def test_the_last_worker_dies_when_no_other_can_be_started(stage):
+    """Jobs that waited for the last worker fail with the cause of the failed starts."""
+    first, one, frame_one = await stage.busy(1)
+    second = stage.submit(2)
+    for _ in range(3):
+        worker = await stage.server.worker()
+        stage.server.not_started(worker.number, errno.ENOMEM)
+        worker.close()
+    await idle()
+    one.begin(frame_one.number)
+    one.close()
+    stage.server.exited(one)
+    with pytest.raises(WorkerDiedError):
+        await first.future
+    with pytest.raises(WorkerStartError):
+        await second.future
+    third, worker, frame = await stage.busy(3)
+    worker.reply(frame, "the next job tries again")
+    assert await third.future == "the next job tries again"
+
+
+async def test_cancelling_all_that_waits_starts_no_worker(stage):
+    """A cancelled job is no reason to start a worker."""
+    running = [await stage.busy(number) for number in range(2)]
+    waiting = [stage.submit(number) for number in range(5)]
+    for job in [*waiting, *(job for job, _, _ in running)]:
+        job.future.cancel()
+        stage.pool.cancel(job)
+    assert (stage.pool.queued, stage.pool.alive) == (0, 0)
+    assert {await stage.server.killed(), await stage.server.killed()} == {
+        worker.number for _, worker, _ in running
+    }
 
 
 # --- the fork server dies ------------------------------------------------------------------------

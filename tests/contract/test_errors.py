@@ -28,6 +28,16 @@ def test_a_death_is_explained(how, words):
     assert (error.signal, error.exitcode) == (how.get("signal"), how.get("exitcode"))
 
 
+def test_an_exit_with_a_broken_repr():
+    """The repr of what a job raised may fail: the error says what it can."""
+
+    class Broken:
+        def __repr__(self):
+            raise RuntimeError
+
+    assert "raised SystemExit, which" in str(JobExitError("fn", SystemExit(Broken())))
+
+
 @pytest.mark.parametrize(
     "error",
     [

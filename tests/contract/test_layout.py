@@ -26,7 +26,10 @@ ARROWS = {
     # ---- the asyncio line: nothing above this comment imports asyncio or anyio ----
     "_channel": {"_descriptors", "_wire", "_worker"},
     "_job": {"_call", "_payload", "_raised", "_wire", "_errors"},
-    "_pool": {"_call", "_channel", "_errors", "_forkserver", "_job", "_memory", "_wire", "_worker"},
+    "_pool": {
+        "_call", "_channel", "_errors", "_forkserver", "_job", "_memory", "_raised", "_wire",
+        "_worker",
+    },
     "_inline": {"_call", "_errors", "_job", "_wire", "_worker"},
     "_streams": {"_call", "_errors"},
     "_threads": set(),
@@ -35,7 +38,7 @@ ARROWS = {
         "_streams", "_threads", "_wire",
     },
     "_default": {"_executor", "_streams"},
-    "_handler": {"_call", "_default", "_executor"},
+    "_handler": {"_call", "_default", "_executor", "_forkserver"},
     "s3": {"_default", "_memory", "_streams"},
     "_cli": {"_demo"},
     "__main__": {"_cli"},

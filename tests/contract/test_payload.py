@@ -1,12 +1,14 @@
 """Payloads, calls and exceptions: there and back, without a process in between."""
 
 import builtins
+import dataclasses
 import functools
 import math
 import sys
 import threading
 import traceback
 import types
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -178,6 +180,11 @@ async def _async_generator():
     yield
 
 
+def test_a_mock():
+    """A callable that has every attribute is a callable like any other."""
+    _call.check(unittest.mock.Mock(), "run_cpu")
+
+
 @pytest.mark.parametrize(
     "fn", [_coroutine_function, _async_generator, functools.partial(_coroutine_function)]
 )
@@ -286,6 +293,64 @@ def test_a_reduce_that_exits():
     arrived = raised_by(jobs.raise_exits)
     assert type(arrived) is jobs.Exits
     assert arrived.args == ("reduce me",)
+
+
+def test_an_exception_that_refers_to_itself():
+    """A cycle through an attribute arrives as one."""
+    error = ValueError("text")
+    error.me = error
+    arrived = raised_by(jobs.raise_, error)
+    assert arrived.me is arrived
+
+
+def test_an_exception_that_is_its_own_argument():
+    """A cycle through the arguments becomes a repr."""
+    error = ValueError("text")
+    error.args = ("text", error)
+    arrived = raised_by(jobs.raise_, error)
+    assert type(arrived) is ValueError
+    assert arrived.args[0] == "text"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with 3.11")
+def test_deep_groups_cost_no_more_than_their_size():
+    """Groups in groups arrive whole; what is pickled does not double with each level."""
+    group = error = ValueError("innermost")
+    error.lock = threading.Lock()
+    for _ in range(30):
+        group = builtins.ExceptionGroup("group", [group])
+    arrived = raised_by(jobs.raise_, group)
+    assert "group" in str(arrived)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+def test_a_frozen_exception():
+    """A class that lets nobody set its attributes arrives as itself, with its traceback shown."""
+    arrived = raised_by(jobs.raise_, FrozenError(3))
+    assert arrived == FrozenError(3)
+    assert "In worker 4711" in "".join(traceback.format_exception(arrived))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with 3.11")
+def test_notes_that_are_none():
+    """A job that has made __notes__ something else than a list still has its exception."""
+    error = ValueError("text")
+    error.__notes__ = "abc"
+    assert type(raised_by(jobs.raise_, error)) is ValueError
+
+
+class BadStr(Exception):
+    def __str__(self):
+        raise SystemExit("in __str__")
+
+
+def test_a_str_that_exits():
+    """Whatever its __str__ does, the exception arrives."""
+    assert type(raised_by(jobs.raise_, BadStr("text"))) is BadStr
 
 
 def test_a_class_that_the_caller_lacks():

@@ -250,15 +250,147 @@ async def test_used_twice():
 
 
 async def test_two_readers():
-    """Two tasks cannot read one stream."""
-    stream = Work().stream([1, 2])
+    """A second task that reads the same stream is refused; the first is unharmed."""
+    work = Work()
+    stream = work.stream([1])
     first = asyncio.ensure_future(anext(stream))
     await idle()
     with pytest.raises(RuntimeError, match="two tasks"):
         await anext(stream)
-    with pytest.raises(StopAsyncIteration):
-        await first
+    await work.finish(1)
+    assert await first == "r1"
     await stream.aclose()
+
+
+async def test_closing_under_a_reader():
+    """Who reads a stream that another task closes is told so, and not that it has ended."""
+    stream = Work().stream([1])
+    first = asyncio.ensure_future(anext(stream))
+    await idle()
+    await stream.aclose()
+    with pytest.raises(RuntimeError, match="closed while it was read"):
+        await first
+
+
+async def test_closed_before_use():
+    """A stream that was closed gives nothing, and starts nothing."""
+    work = Work()
+    stream = work.stream([1])
+    await stream.aclose()
+    assert [result async for result in stream] == []
+    with pytest.raises(RuntimeError, match="used already"):
+        await stream
+    assert work.futures == {}
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError(), BaseException("plain")], ids=["cancelled", "base"]
+)
+async def test_a_source_that_is_cancelled(error):
+    """A source that ends cancelled by itself is an error: the stream is not cut short silently."""
+
+    async def source():
+        yield 1
+        raise error
+
+    work = Work()
+    task = asyncio.ensure_future(work.stream(source()).list())
+    await work.started(1)
+    with pytest.raises(JobExitError):
+        await task
+    _unraised(asyncio.all_tasks())
+
+
+def _unraised(tasks):
+    """A BaseException of the source is its task's, too; asyncio would log that nobody saw it."""
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.exception()
+
+
+async def test_an_error_in_the_sources_cleanup():
+    """What the source raises when it is closed early is raised by the close."""
+
+    async def source():
+        try:
+            yield 1
+            yield 2
+        finally:
+            raise KeyError("cleanup")
+
+    work = Work()
+    stream = work.stream(source(), limit=1)
+    first = asyncio.ensure_future(anext(stream))
+    await work.finish(1)
+    await first
+    with pytest.raises(KeyError, match="cleanup"):
+        await stream.aclose()
+    await stream.aclose()
+
+
+async def test_a_source_may_await_in_its_cleanup():
+    """The source is cancelled once: what it awaits in its finally block is not interrupted."""
+    events = []
+
+    async def source():
+        try:
+            yield 1
+            await asyncio.get_running_loop().create_future()
+        finally:
+            events.append("begin")
+            for _ in range(5):
+                await asyncio.sleep(0)
+            events.append("end")
+
+    work = Work()
+    task = asyncio.ensure_future(work.stream(source()).list())
+    await work.started(1)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await idle()
+    assert events == ["begin", "end"]
+
+
+async def test_an_item_that_cannot_be_started():
+    """With ``return_exceptions`` an item that cannot be sent has its error as its result."""
+    work = Work()
+    refusal = ValueError("cannot be pickled")
+
+    def start(batch):
+        if batch == [(2,)]:
+            raise refusal
+        return work.start(batch)
+
+    stream = Stream("map_cpu", ([1, 2],), start, 4, size=1, ordered=True, return_exceptions=True)
+    task = asyncio.ensure_future(stream.list())
+    await work.finish(1)
+    assert await task == ["r1", refusal]
+
+
+def test_another_loop():
+    """A stream is read in one loop: another is told so, and does not wait for ever."""
+    loop, other = asyncio.new_event_loop(), asyncio.new_event_loop()
+    work = Work()
+
+    async def begin():
+        stream = work.stream([1, 2], limit=1)
+        first = asyncio.ensure_future(anext(stream))
+        await work.finish(1)
+        await first
+        return stream
+
+    async def read(stream):
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await anext(stream)
+
+    stream = loop.run_until_complete(begin())
+    other.run_until_complete(read(stream))
+    loop.run_until_complete(stream.aclose())
+    loop.close()
+    other.close()
 
 
 async def test_sync_and_async_sources_are_zipped():

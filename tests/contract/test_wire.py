@@ -99,6 +99,13 @@ def four():
             continue
 
 
+def test_frames_before_garbage():
+    """What came before the garbage is told with it."""
+    with pytest.raises(_wire.ProtocolError) as caught:
+        feed(_wire.Decoder(), encoded(b"first", b"second") + bytes(24), 10_000)
+    assert [frame.number for frame in caught.value.frames] == [0, 1]
+
+
 def test_descriptors_go_to_the_frames_that_count_them(four):
     """Each frame takes as many descriptors as its header counts, in the order of the frames."""
     decoder = _wire.Decoder()

@@ -178,6 +178,18 @@ async def test_what_a_job_has_spawned_ends_with_it(executor, gate):
     await ended(child)
 
 
+async def test_a_job_that_has_left_its_group(executor, gate):
+    """A job that has left its process group is killed all the same, and nothing else is."""
+    server = await executor.run_cpu(jobs.parent_pid)
+    task = asyncio.ensure_future(executor.run_cpu(jobs.leave_the_group, gate.path))
+    pid = await gate.entered()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await gone(pid)
+    assert await executor.run_cpu(jobs.parent_pid) == server
+
+
 async def ended(pid: int) -> None:
     """Waits until a process is gone or a zombie that init has not reaped."""
     while True:

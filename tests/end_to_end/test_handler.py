@@ -179,7 +179,57 @@ async def test_inside_a_running_loop(handlers):
     assert await handler.__wrapped__(1, 2) == {"event": 1, "context": 2}
 
 
-@pytest.mark.parametrize("fn", [lambda event, context: None, 5, jobs.echo])
+def test_a_lifespan_that_dies(handlers):
+    """A lifespan that fails between invocations is told at the next one, and entered anew."""
+    entered = []
+
+    @asynccontextmanager
+    async def lifespan():
+        entered.append(1)
+        async with anyio.create_task_group() as group:
+            if len(entered) == 1:
+                group.start_soon(fail)
+            yield len(entered)
+
+    async def fail():
+        raise KeyError("in the background")
+
+    async def handler(event, context):
+        await asyncio.sleep(0)
+        return state()
+
+    handler = handlers(handler, lifespan=lifespan)
+    assert handler(None, None) == 1
+    with pytest.raises(BaseException, match=r"unhandled errors|background"):
+        handler(None, None)
+    assert handler(None, None) == 2
+
+
+def test_close_cancels_what_still_runs(handlers):
+    """Tasks that an invocation has left are cancelled when the handler is closed."""
+    ends = []
+
+    async def forever():
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ends.append("cancelled")
+
+    async def handler(event, context):
+        handler.task = asyncio.ensure_future(forever())
+        await asyncio.sleep(0)
+
+    made = handlers(handler)
+    made(None, None)
+    made.close()
+    assert ends == ["cancelled"]
+
+
+async def _generator(event, context):
+    yield
+
+
+@pytest.mark.parametrize("fn", [lambda event, context: None, 5, jobs.echo, _generator])
 def test_no_coroutine_function(fn):
     """A plain function is refused with what to write."""
     with pytest.raises(TypeError, match="async def"):

@@ -247,6 +247,50 @@ async def test_a_death_together_with_the_last_result():
             assert await executor.run_cpu(jobs.echo, -number) == -number
 
 
+@pytest.mark.parametrize("fn", [jobs.bad_notes, jobs.bad_exit, jobs.frozen])
+async def test_exceptions_that_fight_back(executor, fn):
+    """Whatever an exception is made of, the job has an outcome."""
+    with pytest.raises((ValueError, JobExitError, jobs.FrozenError)):
+        await executor.run_cpu(fn)
+    assert await executor.run_cpu(jobs.echo, 1) == 1
+
+
+async def test_an_argument_whose_unpickling_kills_the_worker():
+    """An argument that kills whoever unpickles it fails its job; it is not tried for ever."""
+    async with Executor(2) as executor:
+        with pytest.raises(WorkerDiedError) as caught:
+            await executor.run_cpu(jobs.echo, jobs.KillsWhoUnpickles())
+        assert caught.value.exitcode == 3
+        assert await executor.run_cpu(jobs.echo, 1) == 1
+
+
+async def test_what_a_job_has_spawned_ends_with_its_worker():
+    """A worker that exits, or is closed, takes along what its jobs have spawned."""
+    async with Executor(1) as executor:
+        pid = await executor.run_cpu(jobs.spawn_forever)
+    await ended(pid)
+
+
+async def ended(pid):
+    """Waits until a process is gone, or a zombie that init has not reaped."""
+    while True:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        await asyncio.sleep(0)
+
+
+async def test_initializer_with_arguments_of_all_kinds():
+    """Arrays, lambdas and functions of __main__ are fine for an initializer."""
+    async with Executor(
+        1, initializer=lambda array: jobs.initialize(int(array.sum())), initargs=(np.ones(50_000),)
+    ) as executor:
+        assert await executor.run_cpu(jobs.initialized) == [50_000]
+
+
 async def test_failed_initializer():
     """An initializer that raises fails the jobs, with its exception as the cause."""
     async with Executor(1, initializer=jobs.fail_to_initialize) as executor:
@@ -294,6 +338,15 @@ async def test_map_return_exceptions(executor):
     assert [error.args for error in results[1::2]] == [(1,), (3,), (5,)]
 
 
+async def test_map_results_that_cannot_be_pickled(executor):
+    """With ``return_exceptions`` a result that cannot travel does not take its chunk along."""
+    good, bad = await executor.map_cpu(
+        jobs.lock_if, [False, True], chunksize=2, return_exceptions=True
+    )
+    assert good is None
+    assert isinstance(bad, PayloadError)
+
+
 async def test_map_an_item_that_cannot_be_pickled(executor):
     """An item that cannot travel ends the map and is named."""
     with pytest.raises(PayloadError, match="item 0"):
@@ -335,7 +388,9 @@ async def test_gather_over_both_kinds():
         ({"max_workers": 1.5}, TypeError, "integer"),
         ({"max_workers": True}, TypeError, "integer"),
         ({"start_method": "forkserver"}, ValueError, "start_method"),
-        ({"initializer": 5}, TypeError, "takes a function"),
+        ({"initializer": 5}, TypeError, "plain function"),
+        ({"initializer": print, "initargs": (threading.Lock(),)}, PayloadError, "initializer"),
+        ({"initializer": print, "initargs": (SharedBuffer(0),)}, PayloadError, "SharedBuffer"),
     ],
 )
 def test_bad_settings(arguments, error, message):
@@ -361,17 +416,6 @@ def test_no_running_loop():
         coroutine.send(None)
 
 
-async def test_initializer_that_cannot_be_pickled():
-    """An initializer's argument that cannot travel is refused at the first use."""
-
-    async def use():
-        async with Executor(1, initializer=jobs.initialize, initargs=(threading.Lock(),)):
-            pass
-
-    with pytest.raises(PayloadError, match="initializer"):
-        await use()
-
-
 async def test_closed(how):
     """A closed executor refuses; what ran before its end has its result."""
     async with Executor(**how) as executor:
@@ -383,6 +427,19 @@ async def test_closed(how):
             await use
     with pytest.raises(ExecutorClosedError):
         await executor.map_cpu(jobs.echo, [1])
+
+
+async def test_closing_twice(gate):
+    """A close that is cancelled kills; another close is not cancelled with it."""
+    executor = Executor(1)
+    job = asyncio.ensure_future(executor.run_cpu(gate_job, gate.path))
+    await gate.entered()
+    first, second = (asyncio.ensure_future(executor.aclose()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, second, job, return_exceptions=True)
+    assert first.cancelled()
+    assert second.exception() is None
 
 
 async def test_an_exception_in_the_block_kills(gate):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import asynclam
 from asynclam import Executor, _forkserver, run_cpu, set_default_executor
 from tests import jobs
+from tests.parts.gate import Gate
 
 ROOT = Path(asynclam.__file__).parent.parent
 
@@ -148,6 +150,33 @@ def gate_job(path):
     return pass_through(path, jobs.descriptors())
 
 
+def test_workers_of_a_closed_loop_do_not_count():
+    """Workers whose loop was closed in another thread leave their places to the loop that lives."""
+    import threading
+
+    executor = Executor(2)
+    set_default_executor(executor)
+
+    async def both():
+        await asyncio.gather(run_cpu(jobs.pid), run_cpu(jobs.pid))
+
+    async def main(gate):
+        await run_cpu(jobs.pid)
+        thread = threading.Thread(target=lambda: asyncio.run(both()))
+        thread.start()
+        while thread.is_alive():
+            await asyncio.sleep(0)
+        tasks = [asyncio.ensure_future(run_cpu(gate_job, gate.path)) for _ in range(2)]
+        assert await gate.entered() != await gate.entered()
+        gate.open(2)
+        await asyncio.gather(*tasks)
+
+    with tempfile.TemporaryDirectory() as directory:
+        gate = Gate(directory)
+        asyncio.run(main(gate))
+        gate.close()
+
+
 def test_two_loops_in_two_threads():
     """Each live loop has workers of its own, out of the same ``max_workers``."""
     import threading
@@ -273,6 +302,26 @@ def test_functions_of_main(tmp_path):
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.stdout == "True\n4\nown\nPoint(x=12)\n", done.stderr
+
+
+def test_a_module_that_starts_its_handler(tmp_path):
+    """A fork server and workers that import a handler's module do not start that handler, too."""
+    (tmp_path / "module.py").write_text(
+        "import threading\n"
+        "from contextlib import asynccontextmanager\n"
+        "from asynclam import lambda_handler, run_cpu\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()  # so: spawn\n"
+        "def double(x): return 2 * x\n"
+        "@asynccontextmanager\n"
+        "async def lifespan():\n"
+        "    print('lifespan', flush=True)\n"
+        "    yield await run_cpu(double, 1)\n"
+        "@lambda_handler(lifespan=lifespan)\n"
+        "async def handler(event, context): return await run_cpu(double, event)\n"
+        "handler.start()\n"
+    )
+    done = program("import module; print(module.handler(4, None))", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.stdout.split() == ["lifespan", "8"], done.stderr
 
 
 def test_no_semaphore():

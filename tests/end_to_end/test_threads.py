@@ -85,6 +85,22 @@ async def test_a_cancel_abandons_the_thread(monkeypatch):
     assert (now.threads_busy, now.threads_abandoned) == (0, 0)
 
 
+async def test_cancelling_before_the_thread_runs():
+    """However early a call is cancelled, its slot is free again."""
+    executor = Executor(1)
+    for ticks in range(40):
+        task = asyncio.ensure_future(executor.run_blocking(threading.get_ident))
+        for _ in range(ticks % 8):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    results = [executor.run_blocking(threading.get_ident) for _ in range(40)]
+    await asyncio.gather(*results)
+    while executor.statistics().threads_busy:
+        await asyncio.sleep(0)
+    assert executor.statistics().threads_abandoned == 0
+
+
 def test_a_thread_outlives_its_loop():
     """A thread that ends after its loop has closed does no harm, and is counted out."""
     executor = Executor(1)
