@@ -43,6 +43,7 @@ def pytest_asyncio_loop_factories(config, item):
 def nothing_left_behind() -> Iterator[None]:
     """No descriptor, no process and no unhandled exception of a loop outlives its test."""
     _unhandled.clear()
+    gc.freeze()  # so that the collection below looks at what this test has made, not at all modules
     descriptors = _descriptors()
     children = _children()
     yield
