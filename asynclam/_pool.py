@@ -12,7 +12,7 @@ started when jobs wait, up to ``max_workers``, and live on.
 Death. Two messengers tell of it, the end of the channel and EXITED from the fork server, in any
 order. The first to come drains the channel, so a result that was sent before the death counts. A
 worker whose channel has ended is killed in any case: it may live on without it. Its job fails once
-EXITED gives the reason, or runs again if the page of marks says that it had not begun.
+EXITED gives the reason; if the page of marks says that it had not begun, it runs again, elsewhere.
 
 If the fork server dies, its control connection ends. Its workers go on until their job is done and
 are replaced by workers of the next server; nobody can tell how such a worker ended.
@@ -128,7 +128,7 @@ class Pool:
     def attach(self, loop: AbstractEventLoop) -> None:
         """Moves the idle workers to another loop; the one before is closed, and its jobs with it."""
         self.loop = loop
-        self._closing = None
+        self._closing = self._last_call = None
         for channel in self._channels():
             channel.attach(loop)
         for job in list(self._queue.values()):

