@@ -6,9 +6,9 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup test demo lint types clean
+.PHONY: setup test demo bench lint types clean
 
-setup test demo lint types:
+setup test demo bench lint types:
 	@$(PYTHON) -m tests.run $@ $(ARGS)
 
 clean:

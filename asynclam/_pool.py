@@ -187,7 +187,8 @@ class Pool:
     def _dispatch(self) -> None:
         while self._idle and self._queue:
             _, job = self._queue.popitem(last=False)
-            self._give(self._idle.pop(), job)
+            if not job.future.done():  # else it is cancelled, and cancel() is about to be called
+                self._give(self._idle.pop(), job)
         while self._should_start():
             self._start_worker()
         if self._queue and not self.alive and self._failed_starts >= _MOST_FAILED_STARTS:

@@ -220,4 +220,4 @@ def _show(error: BaseException, text: str) -> None:
     last = error
     while last.__cause__ is not None:
         last = last.__cause__
-    last.__cause__ = WorkerTraceback(text)
+    BaseException.__setattr__(last, "__cause__", WorkerTraceback(text))

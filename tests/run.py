@@ -1,7 +1,7 @@
 """What the Makefile runs: makes a virtual environment, then tests, checks or shows something.
 
     python -m tests.run test [--only plain|box] [ARGUMENTS OF PYTEST...]
-    python -m tests.run setup | demo | lint | types
+    python -m tests.run setup | demo | bench | lint | types
 
 It needs nothing but CPython 3.10 or later with its venv module, and the package index. The virtual
 environment is ``.venvs/X.Y`` of the interpreter that runs this; it is made once, and again whenever
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["plain", "box"], help="where to run the tests")
     options, rest = parser.parse_known_args()
     os.chdir(_ROOT)
-    set_up("dev", "emulator", *(["lint"] if options.command in {"lint", "types"} else []))
+    set_up("dev", "emulator", *_MORE_GROUPS.get(options.command, ()))
     return _COMMANDS[options.command](options.only, rest)
 
 
@@ -122,6 +122,10 @@ def demo(_only: str | None, arguments: Sequence[str]) -> int:
     return run([_PYTHON, "-m", "asynclam", "demo", *arguments])
 
 
+def bench(_only: str | None, arguments: Sequence[str]) -> int:
+    return run([_PYTHON, "-m", "benchmarks", *arguments])
+
+
 def lint(_only: str | None, _arguments: Sequence[str]) -> int:
     return run_all([_PYTHON, "-m", "ruff", "check"], [_PYTHON, "-m", "ruff", "format", "--check"])
 
@@ -134,9 +138,13 @@ _COMMANDS: dict[str, Callable[[str | None, Sequence[str]], int]] = {
     "setup": lambda _only, _arguments: 0,
     "test": test,
     "demo": demo,
+    "bench": bench,
     "lint": lint,
     "types": types,
 }
+
+
+_MORE_GROUPS = {"bench": ["bench"], "lint": ["lint"], "types": ["lint"]}
 
 
 def run_all(*commands: Sequence[str]) -> int:

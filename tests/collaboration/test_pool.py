@@ -332,6 +332,20 @@ async def test_cancelling_a_waiting_job_drops_it(stage):
     assert stage.pool.count("idle") == 2
 
 
+async def test_a_worker_is_free_before_the_cancel_is_told(stage):
+    """A job whose future is cancelled already is not given to a worker that becomes free."""
+    first, one, frame_one = await stage.busy(1)
+    second, two, frame_two = await stage.busy(2)
+    third = stage.submit(3)
+    third.future.cancel()
+    one.reply(frame_one, "one")
+    assert await first.future == "one"
+    stage.pool.cancel(third)
+    assert stage.pool.count("idle") == 1
+    two.reply(frame_two, "two")
+    assert await second.future == "two"
+
+
 async def test_cancelling_while_the_call_is_being_sent(stage):
     """A call that is half in the buffer is gone with the channel."""
     job = stage.submit(bytes(8 << 20))

@@ -37,6 +37,7 @@ from typing import IO, Any
 
 from tests.parts import box as boxes
 
+_ROOT = Path(__file__).resolve().parents[2]  # to be seen in a box, wherever it lies
 _HOST = "127.0.0.1"
 _MARK = "ASYNCLAM_EMULATOR"
 _INVOCATIONS = "/2015-03-31/functions/function/invocations"
@@ -149,7 +150,7 @@ def emulator(
             *(sys.executable, "-m", "awslambdaric", handler),
         ]
         process = subprocess.Popen(
-            boxes.command(argv, shm=shm, cpus=cpus) if box else argv,
+            boxes.command(argv, shm=shm, cpus=cpus, bind=[_ROOT]) if box else argv,
             cwd=cwd,
             env={**os.environ, **_settings(timeout, memory), **(env or {}), _MARK: mark},
             stdin=subprocess.DEVNULL,

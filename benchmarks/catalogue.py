@@ -1,0 +1,13 @@
+"""All rows, by their number in the table of goals."""
+
+from __future__ import annotations
+
+from . import large, small, start, work
+from .rows import Row
+
+ROWS: dict[int, Row] = {
+    row.number: row
+    for row in sorted(
+        (*small.ROWS, *large.ROWS, *start.ROWS, *work.ROWS), key=lambda row: row.number
+    )
+}

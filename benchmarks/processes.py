@@ -1,0 +1,117 @@
+"""What the processes of a block use, seen from outside, in /proc.
+
+Not by parentage: a fork server's workers, or what has been orphaned, would be missed. A block's
+processes have its mark in the environment with which they, or those they were forked from, started.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+MARK = "ASYNCLAM_BENCHMARK_BLOCK"
+_PACE = 0.002  # seconds between two samples
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def marked() -> Iterator[int]:
+    """The processes of this process's block, this one among them."""
+    mark = f"{MARK}={os.environ[MARK]}\0".encode()
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        try:
+            if mark in Path(f"/proc/{pid}/environ").read_bytes():
+                yield pid
+        except OSError:  # another user's, or it has ended
+            continue
+
+
+def cpu_seconds(*others: int) -> float:
+    """CPU time that the block's processes and ``others`` have used, threads and the kernel included."""
+    return sum(map(_cpu_seconds, {*marked(), *others}))
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / _TICKS  # with children that it has waited for
+
+
+def private_bytes() -> int:
+    """Resident memory of this process that it shares with nobody's file: the heap, mostly."""
+    resident, shared = Path("/proc/self/statm").read_text(encoding="ascii").split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def pin(pid: int, cpu: int) -> None:
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), {cpu})
+
+
+class PeakWatch:
+    """The other end of a process that adds up the memory of this block's processes all the time."""
+
+    def __init__(self, asking: IO[str], answering: IO[str]) -> None:
+        self._asking, self._answering = asking, answering
+
+    def ask(self) -> tuple[int, int]:
+        """The highest PSS sum and system-wide Shmem since the last question, in bytes."""
+        self._asking.write("\n")
+        self._asking.flush()
+        pss, shmem = self._answering.readline().split()
+        return int(pss), int(shmem)
+
+
+@contextmanager
+def peak_watch() -> Generator[PeakWatch]:
+    mark = os.environ[MARK]
+    unmarked = {name: value for name, value in os.environ.items() if name != MARK}
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.processes", mark],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=unmarked,
+    ) as watcher:
+        assert watcher.stdin is not None
+        assert watcher.stdout is not None
+        yield PeakWatch(watcher.stdin, watcher.stdout)
+        watcher.kill()
+
+
+def watch() -> None:
+    """Samples until the end of stdin, and answers each line with the peaks since the last one."""
+    while True:
+        pss, shmem = 0, 0
+        while not select.select([0], [], [], _PACE)[0]:
+            pss, shmem = max(pss, sum(map(_pss, marked()))), max(shmem, _shmem())
+        if not os.read(0, 1):
+            return
+        pss, shmem = max(pss, sum(map(_pss, marked()))), max(shmem, _shmem())
+        print(pss, shmem, flush=True)
+
+
+def _pss(pid: int) -> int:
+    try:
+        return _kilobytes(f"/proc/{pid}/smaps_rollup", "Pss:")
+    except OSError:  # it has ended
+        return 0
+
+
+def _shmem() -> int:
+    # Pages of a memfd that nobody has mapped are in nobody's PSS.
+    return _kilobytes("/proc/meminfo", "Shmem:")
+
+
+def _kilobytes(path: str, name: str) -> int:
+    with open(path, encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+if __name__ == "__main__":
+    os.environ[MARK] = sys.argv[1]
+    watch()

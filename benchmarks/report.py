@@ -1,0 +1,161 @@
+"""From results to the document that is kept, and from that to the tables that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from . import machine
+from .catalogue import ROWS
+from .contestants import ALL
+from .figures import Results, show
+
+Document = Mapping[str, Any]
+
+_COLUMNS = (  # of the table of contestants: row, figure, variant, heading
+    (1, "round trip", "as placed", "no-op round trip"),
+    (2, "jobs", "", "no-op jobs in a gather"),
+    (4, "transfer", "", "64 MiB NumPy argument"),
+    (5, "transfer", "", "64 MiB NumPy echo"),
+    (7, "echo", "bytes", "longest stall of the loop, 256 MiB each way"),
+)
+
+
+def document(results: Mapping[int, Results], date: str, *, quick: bool) -> Document:
+    """Everything that was measured, as JSON has it."""
+    return {
+        "date": date,
+        "quick": quick,
+        "machine": machine.facts(),
+        "versions": machine.versions(),
+        "goals": [
+            asdict(line) for number in results for line in ROWS[number].lines(results[number])
+        ],
+        "figures": [
+            {"row": number, **figure}
+            for number, row in results.items()
+            for figure in row.as_dicts(ROWS[number].units)
+        ],
+        "not_run": [
+            {"row": number, **asdict(place), "reason": reason}
+            for number, row in results.items()
+            for place, reason in row.failures.items()
+        ],
+    }
+
+
+def tables(found: Document) -> str:
+    """Markdown: the goals, the contestants, and who could not run."""
+    parts = [_heading(found), _goals(found), _contestants(found), _notes(found), _not_run(found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _heading(found: Document) -> str:
+    facts = found["machine"]
+    text = (
+        f"{facts['python']}, Linux {facts['kernel']}, {facts['cores']} cores ({facts['processor']}), "
+        f"{facts['memory'] / 2**30:.0f} GiB, {found['date']}. Medians of blocks, and their quartiles."
+    )
+    if found["quick"]:
+        text += (
+            "\n\nA quick run, with small sizes and few samples: it shows that all works, no more."
+        )
+    return text
+
+
+def _goals(found: Document) -> str:
+    rows = [
+        (
+            str(line["row"]),
+            line["what"],
+            line["loop"],
+            _measured(line["figure"], line["unit"]),
+            line["goal"],
+            _verdict(line),
+        )
+        for line in found["goals"]
+    ]
+    return _markdown(("#", "figure", "loop", "measured", "goal", ""), rows)
+
+
+def _verdict(line: Mapping[str, Any]) -> str:
+    if not line["goal"]:
+        return ""
+    return {True: "met", False: "**not met**", None: "not measured"}[line["met"]]
+
+
+def _measured(figure: Mapping[str, Any] | None, unit: str) -> str:
+    if figure is None:
+        return "-"
+    median, low, high = (show(figure[name], unit) for name in ("median", "p25", "p75"))
+    return median if figure["blocks"] == 1 else f"{median} ({low} to {high})"
+
+
+def _contestants(found: Document) -> str:
+    columns = [column for column in _COLUMNS if any(_of(found, column))]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for column in columns:
+        for figure in _of(found, column):
+            row = cells.setdefault((figure["contestant"], figure["loop"]), {})
+            row[column[-1]] = _measured(figure, figure["unit"])
+    if not cells:
+        return ""
+    order = [kind.name for kind in ALL]
+    headings = [column[-1] for column in columns]
+    rows = [
+        (name, _version(found, name), loop, *(cells[name, loop].get(h, "") for h in headings))
+        for name, loop in sorted(cells, key=lambda key: (order.index(key[0]), key[1]))
+    ]
+    return _markdown(("", "version", "loop", *headings), rows)
+
+
+def _of(found: Document, column: tuple[int, str, str, str]) -> Iterator[Mapping[str, Any]]:
+    row, name, variant, _ = column
+    for figure in found["figures"]:
+        if (figure["row"], figure["figure"], figure["variant"]) == (row, name, variant):
+            yield figure
+
+
+def _version(found: Document, name: str) -> str:
+    package = next(kind.package for kind in ALL if kind.name == name)
+    return found["versions"].get(package) or ""
+
+
+def _notes(found: Document) -> str:
+    notes = (
+        f"{line['row']}, {line['what']}: {line['note']}" for line in found["goals"] if line["note"]
+    )
+    return _list("Notes", notes)
+
+
+def _not_run(found: Document) -> str:
+    rows: dict[tuple[str, str, str], set[int]] = {}
+    for place in found["not_run"]:
+        key = (place["contestant"], place["loop"], place["reason"])
+        rows.setdefault(key, set()).add(place["row"])
+    return _list(
+        "Could not run",
+        (
+            f"{name} on {loop}, row{'s'[: len(numbers) - 1]} {', '.join(map(str, sorted(numbers)))}: {reason}"
+            for (name, loop, reason), numbers in rows.items()
+        ),
+    )
+
+
+def _list(heading: str, items: Iterable[str]) -> str:
+    lines = [f"* {item}" for item in items]
+    return "\n".join([f"{heading}:", "", *lines]) if lines else ""
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    table = [headings, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [_line(row, widths) for row in table]
+    lines.insert(1, _line(["-" * width for width in widths], widths))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return f"| {' | '.join(padded)} |"
