@@ -251,7 +251,7 @@ def test_exit_with_jobs_running():
         "    task = asyncio.ensure_future(asynclam.run_cpu(print, 'started', flush=True))\n"
         "    await task\n"
         "    asyncio.ensure_future(asynclam.run_cpu(time.sleep, 1000))\n"
-        "    await asyncio.sleep(0.05)\n"
+        "    await asyncio.sleep(0)  # it is submitted\n"
         "asyncio.run(main())"
     )
     assert (done.stdout, done.stderr, done.returncode) == ("started\n", "", 0)
