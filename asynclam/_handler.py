@@ -177,7 +177,6 @@ def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_until_complete(_cancel(asyncio.all_tasks(loop)))
         loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
     finally:
         loop.close()
 

@@ -150,7 +150,8 @@ async def _fill(view: memoryview, body: Body) -> None:
 def _wrong_length(actual: int, expected: int) -> Exception:
     from botocore.exceptions import IncompleteReadError
 
-    return IncompleteReadError(actual_bytes=actual, expected_bytes=expected)
+    error: Exception = IncompleteReadError(actual_bytes=actual, expected_bytes=expected)
+    return error
 
 
 async def upload(client: Client, bucket: str, key: str, data: Buffer | SharedBuffer) -> None:
@@ -297,7 +298,8 @@ def _with_place(error: Exception, place: str) -> Exception:
     from botocore.exceptions import BotoCoreError, ClientError, ResponseStreamingError
 
     if isinstance(error, ClientPayloadError):  # a body cut off, which aiobotocore lets through
-        return ResponseStreamingError(error=f"{error} ({place})")
+        cut_off: Exception = ResponseStreamingError(error=f"{error} ({place})")
+        return cut_off
     if isinstance(error, ClientError):
         details = error.response.setdefault("Error", {})
         details["Message"] = f"{details.get('Message', 'Unknown')} ({place})"
