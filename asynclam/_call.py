@@ -133,11 +133,6 @@ class Call:
         return bool(self._flags & _wire.KEEP_ERRORS)
 
     @property
-    def nbytes(self) -> int:
-        """Its length in the frame, in bytes."""
-        return len(self._reference) + self._payload.nbytes
-
-    @property
     def descriptors(self) -> list[int]:
         """The descriptors to send with it; they stay the call's."""
         return self._payload.descriptors

@@ -30,11 +30,6 @@ class Payload:
         self.flags = flags
         self.descriptors = descriptors
 
-    @property
-    def nbytes(self) -> int:
-        """Its length in the frame, in bytes."""
-        return sum(map(len, self.parts))
-
     def close(self) -> None:
         """Closes its descriptors. Closing twice does nothing."""
         _wire.close_descriptors(self.descriptors)

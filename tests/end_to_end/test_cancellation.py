@@ -9,6 +9,7 @@ import pytest
 from asynclam import Executor
 from tests import jobs
 from tests.parts.gate import pass_through
+from tests.parts.processes import ended
 
 
 @pytest.fixture
@@ -188,18 +189,6 @@ async def test_a_job_that_has_left_its_group(executor, gate):
         await task
     await gone(pid)
     assert await executor.run_cpu(jobs.parent_pid) == server
-
-
-async def ended(pid: int) -> None:
-    """Waits until a process is gone or a zombie that init has not reaped."""
-    while True:
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        await asyncio.sleep(0)
 
 
 def spawn_and_wait(path):

@@ -27,6 +27,7 @@ from asynclam import (
     run_cpu,
 )
 from tests import jobs
+from tests.parts.processes import ended
 
 
 @pytest.fixture(params=["fork", "spawn", "inline"])
@@ -271,18 +272,6 @@ async def test_what_a_job_has_spawned_ends_with_its_worker():
     async with Executor(1) as executor:
         pid = await executor.run_cpu(jobs.spawn_forever)
     await ended(pid)
-
-
-async def ended(pid):
-    """Waits until a process is gone, or a zombie that init has not reaped."""
-    while True:
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        await asyncio.sleep(0)
 
 
 async def test_initializer_with_arguments_of_all_kinds():
