@@ -2,6 +2,7 @@
 #
 #   make test                               make test PYTHON=python3.13
 #   make test ARGS="-k segments -x"         make test ARGS="--only box"
+#   make test ARGS="--segments file"        (or memfd, syscall, stream: how large payloads travel)
 
 PYTHON ?= python3
 ARGS ?=

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
         WorkerDiedError,
         WorkerStartError,
     )
-    from ._executor import Executor, Statistics
+    from ._executor import Executor
     from ._handler import lambda_handler, state
     from ._memory import SharedBuffer
+    from ._statistics import Statistics
     from ._streams import Stream, map_io
 
 _HOMES = {
@@ -25,7 +26,7 @@ _HOMES = {
     "JobExitError": "_errors",
     "PayloadError": "_errors",
     "SharedBuffer": "_memory",
-    "Statistics": "_executor",
+    "Statistics": "_statistics",
     "Stream": "_streams",
     "WorkerDiedError": "_errors",
     "WorkerStartError": "_errors",

@@ -12,14 +12,23 @@ import pickle
 import struct
 import sys
 import types
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from . import _payload, _wire
+from . import _payload, _steps, _wire
 from ._errors import PayloadError
 
 _LENGTH = struct.Struct("<I")
+_SMALL = 16 * 1024  # bytes of arguments that are sent in no time
+
+
+_NONE: Sequence[Any] = ()
+_NO_KWARGS: dict[str, object] = {}  # never added to; an empty one each would take 64 bytes a job
+_NOT_YET = _payload.Payload([], 0, [])
+
+
+def _always() -> bool:
+    return True
 
 
 def name_of(fn: object) -> str:
@@ -36,6 +45,8 @@ def check(fn: object, user: str) -> None:
     Raises:
         TypeError: ``fn`` is no callable, or a coroutine or async generator function.
     """
+    if type(fn) in _HASHABLE and fn in _references:
+        return  # it was checked when it was first seen
     if not callable(fn):
         raise TypeError(
             f"{user}() takes a function and its arguments, got {type(fn).__name__}; "
@@ -82,16 +93,28 @@ class Call:
 
     Args:
         fn: the function.
-        args: its positional arguments; for a chunk, the list of the argument tuples of its calls.
+        args: its positional arguments; for a chunk, the list of the argument tuples of its calls,
+            or of their single arguments.
         kwargs: its keyword arguments.
-        flags: ``_wire.CHUNK`` and ``_wire.KEEP_ERRORS``.
-        main_is_shared: whether workers have this process's ``__main__``.
+        flags: ``_wire.CHUNK``, ``_wire.ITEMS`` and ``_wire.KEEP_ERRORS``.
+        shares_main: tells whether workers have this process's ``__main__``; asked if it matters.
+        first: the index of a chunk's first item, for messages.
+        payload: the arguments, where :meth:`steps` has pickled them.
+
+    Attributes:
+        is_chunk: whether it is a list of calls.
+        keeps_errors: whether its result says which of its items are exceptions.
+        kind: what calls that are likely to take as long have in common: a function by reference,
+            with small arguments. ``None``: nothing is known of it.
 
     Raises:
         PayloadError: the function or an argument cannot be pickled; it names which.
     """
 
-    __slots__ = ("_args", "_flags", "_fn", "_kwargs", "_payload", "_reference")
+    __slots__ = (
+        "_args", "_flags", "_fn", "_head", "_kwargs", "_payload", "_small", "is_chunk",
+        "keeps_errors", "kind",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -100,22 +123,63 @@ class Call:
         kwargs: dict[str, object],
         *,
         flags: int = 0,
-        main_is_shared: bool = True,
+        shares_main: Callable[[], bool] = _always,
+        first: int = 0,
+        payload: _payload.Payload | None = None,
     ) -> None:
-        self._fn, self._args, self._kwargs = fn, args, kwargs
+        self._fn, self._args, self._kwargs = fn, args, kwargs or _NO_KWARGS
         self._flags = flags
-        self._reference = _reference_to(fn)
-        if not main_is_shared and b"__main__" in self._reference:
-            self._reference = b""
+        self.is_chunk = flags & _wire.CHUNK != 0
+        self.keeps_errors = flags & _wire.KEEP_ERRORS != 0
+        self._head = _head_of(fn, shares_main)
+        self._payload = payload
+        self._small: bytes | None = None  # the arguments, if they are small
+        self.kind: bytes | None = None
+        if payload is not None:
+            return
+        is_plain = not (kwargs or flags) and all(map(_payload.is_plain, args))
+        if is_plain and self._head is not _BY_VALUE:
+            self._small = pickle.dumps((args, kwargs), 5)
+        else:
+            try:
+                self._payload = payload = _payload.dumps(self._contents(), shares_main)
+            except Exception as error:
+                raise _blame(fn, args, kwargs, flags, error, first=first) from error
+            if len(payload.parts) > 1 or payload.descriptors or len(payload.parts[0]) > _SMALL:
+                return
+            self._small = bytes(payload.parts[0])
+            self._payload = None
+        if self._head is not _BY_VALUE and not flags & _wire.CHUNK:
+            self.kind = self._head
+
+    @classmethod
+    def steps(
+        cls,
+        fn: Callable[..., object],
+        args: Sequence[object],
+        kwargs: dict[str, object],
+        *,
+        flags: int = 0,
+        shares_main: Callable[[], bool] = _always,
+        first: int = 0,
+    ) -> Generator[None, None, Call]:
+        """Makes a call with large arguments a millisecond at a time; it is the value returned."""
+        call = cls(fn, (), {}, flags=flags, shares_main=shares_main, payload=_NOT_YET)
+        call._args, call._kwargs = args, kwargs or _NO_KWARGS
         try:
-            self._payload = _payload.dumps(self._contents(), main_is_shared=main_is_shared)
+            call._payload = yield from _steps.dump_steps(
+                call._contents(), main_is_shared=shares_main()
+            )
+        except _steps.ChangedError as error:
+            raise PayloadError(f"an argument of {name_of(fn)} cannot be sent: {error}") from error
         except Exception as error:
-            raise _blame(fn, args, kwargs, flags, error) from error
+            raise _blame(fn, args, kwargs, flags, error, first=first) from error
+        return call
 
     def _contents(self) -> tuple[object, ...]:
-        if self._reference:
-            return self._args, self._kwargs
-        return self._fn, self._args, self._kwargs
+        if self._head is _BY_VALUE:
+            return self._fn, self._args, self._kwargs
+        return self._args, self._kwargs
 
     @property
     def name(self) -> str:
@@ -128,25 +192,51 @@ class Call:
         return getattr(self._fn, "__module__", None) or ""
 
     @property
-    def keeps_errors(self) -> bool:
-        """Whether its result says of each item whether it is a value or an exception."""
-        return bool(self._flags & _wire.KEEP_ERRORS)
+    def weight(self) -> int:
+        """Bytes that its arguments take."""
+        if self._small is not None:
+            return len(self._small)
+        return _payload.weight(sum(map(len, self.parts)), self.descriptors)
 
     @property
-    def descriptors(self) -> list[int]:
+    def descriptors(self) -> Sequence[int]:
         """The descriptors to send with it; they stay the call's."""
-        return self._payload.descriptors
+        return self._payload.descriptors if self._payload is not None else _NONE
 
-    def frame(self, number: int) -> list[_wire.Part]:
-        """The buffers of its frame."""
-        head = _LENGTH.pack(len(self._reference)) + self._reference
-        parts = [head + bytes(-len(head) % _payload.ALIGNMENT), *self._payload.parts]
+    @property
+    def parts(self) -> Sequence[_wire.Part]:
+        """Its payload, where that is not small; empty where it is."""
+        return self._payload.parts if self._payload is not None else _NONE
+
+    def frame(
+        self, number: int, notes: bytes = b"", record: bytes = b"", added: int = 0
+    ) -> list[_wire.Part]:
+        """The buffers of its frame.
+
+        Args:
+            number: that of the job.
+            notes: on segments, for the worker.
+            record: stands for the payload, which is in a segment.
+            added: how many descriptors are sent besides its own.
+        """
+        if self._small is not None:
+            body = self._head + self._small
+            if not notes:
+                return [_wire.encode_small(_wire.JOB, number, body, self._flags)]
+            return _wire.encode(
+                _wire.JOB, number, [notes, body], flags=self._flags | _wire.RELEASES
+            )
+        payload = self._payload
+        assert payload is not None, "the call was closed"
+        flags = self._flags | payload.flags
+        flags |= (_wire.RELEASES if notes else 0) | (_wire.SEGMENT if record else 0)
+        parts = [record] if record else payload.parts
         return _wire.encode(
             _wire.JOB,
             number,
-            parts,
-            flags=self._flags | self._payload.flags,
-            descriptors=len(self._payload.descriptors),
+            [notes, self._head, *parts],
+            flags=flags,
+            descriptors=len(payload.descriptors) + added,
         )
 
     def turn_to_value(self, reason: str) -> None:
@@ -155,12 +245,15 @@ class Call:
         Raises:
             PayloadError: it cannot go by value either.
         """
-        self._payload.close()
+        if self._payload is not None:
+            self._payload.close()
         self._flags |= _wire.BY_VALUE
-        self._reference = b""
+        self._small = self.kind = None
+        self._head = _BY_VALUE
         try:
             with _ByValue(self.module):
-                self._payload = _payload.dumps_by_value(self._contents())
+                contents = self._contents()
+                self._payload = _payload.dumps_by_value(contents)
         except Exception as error:
             raise PayloadError(
                 f"{self.name} is not known in a worker ({reason}) and cannot be sent by value "
@@ -169,9 +262,10 @@ class Call:
 
     def close(self) -> None:
         """Lets go of the arguments and the descriptors."""
-        self._payload.close()
-        self._payload.parts = []
-        self._args, self._kwargs = (), {}
+        if self._payload is not None:
+            self._payload.close()
+            self._payload = None
+        self._args, self._kwargs = (), _NO_KWARGS
 
 
 class _ByValue:
@@ -198,21 +292,42 @@ class _ByValue:
             cloudpickle.unregister_pickle_by_value(self._module)
 
 
-_references: weakref.WeakKeyDictionary[Callable[..., object], bytes] = weakref.WeakKeyDictionary()
+# Strong references, to what its module holds anyway; a weak dictionary costs 1 µs a look.
+_references: dict[Any, bytes] = {}
+_MOST_REFERENCES = 1024  # of functions that are defined again and again, until all are forgotten
+_HASHABLE = (types.FunctionType, types.BuiltinFunctionType)
 
 
-def _reference_to(fn: Callable[..., object]) -> bytes:
-    """The pickle of a global name that leads to ``fn``; empty if there is none."""
+def _head_of(fn: Callable[..., object], shares_main: Callable[[], bool]) -> bytes:
+    """What a frame begins with: the pickle of a global name that leads to ``fn``, or none."""
+    if type(fn) not in _HASHABLE:
+        head = _new_head(fn)
+    else:
+        if fn not in _references:
+            if len(_references) >= _MOST_REFERENCES:
+                _references.clear()
+            _references[fn] = _new_head(fn)
+        head = _references[fn]
+    if b"__main__" in head and not shares_main():
+        return _BY_VALUE
+    return head
+
+
+def _new_head(fn: Callable[..., object]) -> bytes:
     if not isinstance(fn, (types.FunctionType, type)) and not _is_builtin(fn):
-        return b""  # a method, a partial, an instance: it has a state, which goes by value
-    reference = _references.get(fn)
-    if reference is None:
-        try:
-            reference = pickle.dumps(fn, protocol=4)
-        except Exception:
-            reference = b""  # a lambda, a closure
-        _references[fn] = reference
-    return reference
+        return _BY_VALUE  # a method, a partial, an instance: it has a state
+    try:
+        return _with_length(pickle.dumps(fn, protocol=4))
+    except Exception:
+        return _BY_VALUE  # a lambda, a closure
+
+
+def _with_length(reference: bytes) -> bytes:
+    head = _LENGTH.pack(len(reference)) + reference
+    return head + bytes(-len(head) % _payload.ALIGNMENT)
+
+
+_BY_VALUE = _with_length(b"")
 
 
 def _is_builtin(fn: object) -> bool:
@@ -228,11 +343,13 @@ def _blame(
     kwargs: dict[str, object],
     flags: int,
     error: Exception,
+    *,
+    first: int,
 ) -> PayloadError:
     """Names the part of the call that cannot be pickled."""
     parts: list[tuple[str, object]] = [("the function itself", fn)]
     what = "item" if flags & _wire.CHUNK else "argument"
-    parts += [(f"{what} {index}", value) for index, value in enumerate(args)]
+    parts += [(f"{what} {index}", value) for index, value in enumerate(args, first)]
     parts += [(f"argument {key}=", value) for key, value in kwargs.items()]
     for label, value in parts:
         reason = _refusal(value)
@@ -289,36 +406,58 @@ class UnknownNameError(Exception):
 _known: dict[bytes, Callable[..., Any]] = {}
 
 
-def receive(frame: _wire.Frame) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+Open = Callable[[_wire.Frame], None]  # puts the payload in the place of its record
+
+
+def receive(
+    frame: _wire.Frame, open_segment: Open | None = None
+) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
     """In the worker: the function and the arguments of a JOB frame.
 
     Raises:
         UnknownNameError: send it by value.
         PayloadError: it cannot be unpickled here, in any way.
     """
+    body = frame.body
+    (length,) = _LENGTH.unpack_from(body)
+    end = _LENGTH.size + length
+    start = end + -end % _payload.ALIGNMENT
+    reference = bytes(body[_LENGTH.size : end])
+    # A copy of a small one costs less than a view of it.
+    frame.body = body[start:] if len(body) <= _SMALL else memoryview(body)[start:]
+    del body
     try:
-        return _receive(frame)
+        if open_segment is not None and frame.flags & _wire.SEGMENT:
+            open_segment(frame)
+        if not reference:
+            fn, args, kwargs = _loads(frame)
+            return fn, args, kwargs
+        fn = _known.get(reference)
+        if fn is None:
+            fn = _known[reference] = pickle.loads(reference)
+        args, kwargs = _loads(frame)
     except (AttributeError, ImportError) as error:
         if frame.flags & _wire.BY_VALUE:
             raise _unreadable(error) from error
         raise UnknownNameError(_reason(error)) from None
     except BaseException as error:
         raise _unreadable(error) from error
-
-
-def _receive(frame: _wire.Frame) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
-    (length,) = _LENGTH.unpack_from(frame.body)
-    end = _LENGTH.size + length
-    reference = bytes(frame.body[_LENGTH.size : end])
-    payload = memoryview(frame.body)[end + -end % _payload.ALIGNMENT :]
-    if not reference:
-        fn, args, kwargs = _payload.loads(payload, frame.flags, frame.descriptors)
-        return fn, args, kwargs
-    fn = _known.get(reference)
-    if fn is None:
-        fn = _known[reference] = pickle.loads(reference)
-    args, kwargs = _payload.loads(payload, frame.flags, frame.descriptors)
     return fn, args, kwargs
+
+
+def _loads(frame: _wire.Frame) -> Any:
+    if not (frame.descriptors or frame.flags & _PARTICULAR):
+        return pickle.loads(frame.body)
+    body, frame.body = frame.body, _EMPTY
+    if frame.private or frame.flags & _wire.PIECES:
+        return _steps.run(
+            _steps.load_steps(body, frame.flags, frame.descriptors, private=frame.private)
+        )
+    return _payload.loads(body, frame.flags, frame.descriptors)
+
+
+_EMPTY = bytearray()
+_PARTICULAR = _wire.SEGMENT | _wire.BUFFERS | _wire.PIECES  # what more than pickle is needed for
 
 
 def _unreadable(error: BaseException) -> PayloadError:

@@ -5,12 +5,16 @@ Theory of operation. The channel owns its end of the socketpair; the loop knows 
 non-blocking: what cannot be sent at once waits in order, and the loop's writer callback is
 registered just as long as something waits. Descriptors go with the first byte of their frame.
 
-The reader callback reads until nothing is left. uvloop does not report a death that arrives together
-with the last bytes: libuv stops polling a descriptor once epoll has said EPOLLERR. So after a
-megabyte the reading goes on by ``call_soon``, with other callbacks in between, and not by hoping to
-be called again. End of file and reset both mean that no more will come; they are told once, after
-every frame that came before. The parser's and the output's state live here, not in the loop: an
-idle channel attaches to the next loop as it is.
+The reader callback reads once, which has all that has arrived unless it has filled the buffer; the
+loop calls again if there is more. A second read to see that nothing is left would cost each round
+trip a tenth. There is one thing that it would see: uvloop does not report a death that arrives
+together with the last bytes, for libuv stops polling a descriptor once epoll has said EPOLLERR. Who
+has no other messenger of the peer's death has to be ``thorough``. After a megabyte the reading goes
+on by ``call_soon``, with other callbacks in between.
+
+End of file and reset both mean that no more will come; they are told once, after every frame that
+came before. The parser's and the output's state live here, not in the loop: an idle channel attaches
+to the next loop as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from __future__ import annotations
 import errno
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from . import _descriptors, _wire
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
 _TURN = 1 << 20  # bytes read or sent before other callbacks of the loop have their turn
+_TOGETHER = 64  # frames of one send
 _RETRY = 0.01  # seconds until the kernel may have what it lacked
 _LACKS = (  # what passes: too many descriptors in flight (unix(7)), no memory for the buffer
     errno.ETOOMANYREFS,
@@ -61,25 +67,30 @@ class Channel:
 
     Args:
         sock: the end; owned by the channel from here on.
-        on_frame: called with each frame, oldest first.
+        on_frames: called with the frames that have arrived together, oldest first.
         on_end: called once, when no more frames will come, with the reason: ``None`` for end of
             file, else what was wrong.
+        thorough: whether the end must be seen here, because nothing else tells of it.
     """
 
     def __init__(
         self,
         loop: AbstractEventLoop,
         sock: socket.socket,
-        on_frame: Callable[[_wire.Frame], None],
+        on_frames: Callable[[list[_wire.Frame]], None],
         on_end: Callable[[Exception | None], None],
+        *,
+        thorough: bool = False,
     ) -> None:
         sock.setblocking(False)
+        self.thorough = thorough
         self._sock = sock
         self._descriptor = _descriptors.private(sock.fileno())
-        self._on_frame = on_frame
+        self._on_frames = on_frames
         self._on_end = on_end
         self._decoder = _wire.Decoder()
         self._output: deque[_Output] = deque()
+        self._held = False  # whether output is collected
         self._writing = False  # whether the writer callback is registered
         self._broken = False  # whether the peer reads no more
         self._ended = False  # whether on_end was called
@@ -120,19 +131,38 @@ class Channel:
             descriptors: those that its header counts; to be kept open until ``sent``.
             sent: called when the descriptors have been handed over, or never will be.
         """
+        if not (self._output or self._held or descriptors or sent) and len(buffers) == 1:
+            # Nearly always: one small frame, and room for it.
+            try:
+                count = _descriptors.send(self._sock, buffers, ())
+            except OSError:
+                count = 0  # tried again below, where each reason has its answer
+            if count == len(buffers[0]):
+                return
+            buffers = [memoryview(buffers[0])[count:]]
         output = _Output([memoryview(buffer) for buffer in buffers], descriptors, sent)
         if self._broken or self.closed:
             output.release()
             return
         self._output.append(output)
-        if not self._writing:
+        if not (self._writing or self._held):
+            self._flush()
+
+    def hold(self) -> None:
+        """Collects what is sent from here on, until :meth:`unhold` sends it together."""
+        self._held = True
+
+    def unhold(self) -> None:
+        """Sends what was collected."""
+        self._held = False
+        if self._output and not self._writing and not self.closed:
             self._flush()
 
     def _flush(self) -> None:
         room = _TURN
         try:
             while self._output and room > 0:
-                room -= self._send_some(self._output[0])
+                room -= self._send_some()
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
@@ -143,12 +173,22 @@ class Channel:
             self._break(error)
         self._watch_writable(bool(self._output))
 
-    def _send_some(self, output: _Output) -> int:
-        count = _descriptors.send(self._sock, output.buffers, output.descriptors)
-        output.release()
-        output.buffers = after(output.buffers, count)
-        if not output.buffers:
+    def _send_some(self) -> int:
+        first = self._output[0]
+        buffers = first.buffers
+        if not first.descriptors and len(self._output) > 1:
+            plain = takewhile(lambda output: not output.descriptors, self._output)
+            buffers = [buffer for output in islice(plain, _TOGETHER) for buffer in output.buffers]
+        count = rest = _descriptors.send(self._sock, buffers, first.descriptors)
+        while rest:
+            output = self._output[0]
+            output.release()
+            length = sum(map(len, output.buffers))
+            if rest < length:
+                output.buffers = after(output.buffers, rest)
+                break
             self._output.popleft()
+            rest -= length
         return count
 
     def _retry(self) -> None:
@@ -179,48 +219,51 @@ class Channel:
     # --- input -----------------------------------------------------------------------------------
 
     def _readable(self) -> None:
+        buffer = self._decoder.buffer()
+        if self.ended or (self._receive(buffer) < len(buffer) and not self.thorough):
+            return
         if not self._read(_TURN):
             self._loop.call_soon(self._readable)
 
     def drain(self) -> None:
         """Reads all that has arrived, now: the peer is dead and nothing else will report it."""
-        while not self._read(_TURN):
+        while not self.catch_up():
             pass
+
+    def catch_up(self) -> bool:
+        """Reads what has arrived, now; false if there may be more than a megabyte of it."""
+        return self._read(_TURN)
 
     def _read(self, room: int) -> bool:
         """Reads until nothing is left (then true), or as much as ``room`` bytes (then false)."""
-        while room > 0:
-            if self.ended:
-                return True
-            try:
-                nbytes, descriptors, truncated = _descriptors.receive(
-                    self._sock, self._decoder.buffer()
-                )
-            except (BlockingIOError, InterruptedError):
-                return True
-            except OSError as error:
-                self._end(error)
-                return True
+        while room > 0 and not self.ended:
+            nbytes = self._receive(self._decoder.buffer())
             if not nbytes:
-                self._end(None)
                 return True
             room -= nbytes
-            try:
-                frames = self._decoder.received(nbytes, descriptors, truncated=truncated)
-            except _wire.ProtocolError as error:
-                self._deliver(error.frames)
-                if not self.ended:
-                    self._end(error)
-                return True
-            self._deliver(frames)
-        return False
+        return self.ended
 
-    def _deliver(self, frames: Iterable[_wire.Frame]) -> None:
-        for frame in frames:
-            if self.closed:  # by the callback of the frame before
-                frame.close()
-            else:
-                self._on_frame(frame)
+    def _receive(self, buffer: memoryview) -> int:
+        """Receives once, and delivers what is complete; 0 if there was nothing, or will be no more."""
+        try:
+            nbytes, descriptors, truncated = _descriptors.receive(self._sock, buffer)
+            if not nbytes:
+                self._end(None)
+                return 0
+            frames = self._decoder.received(nbytes, descriptors, truncated=truncated)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self._end(error)
+            return 0
+        except _wire.ProtocolError as error:
+            self._on_frames(list(error.frames))
+            if not self.ended:
+                self._end(error)
+            return 0
+        if frames:
+            self._on_frames(frames)
+        return nbytes
 
     def _end(self, reason: Exception | None) -> None:
         self._ended = True

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from ._executor import Executor
-from ._streams import AnyIterable, Stream
+
+if TYPE_CHECKING:
+    from ._sources import AnyIterable
+    from ._streams import Stream
 
 P = ParamSpec("P")
 T = TypeVar("T")

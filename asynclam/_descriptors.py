@@ -78,7 +78,9 @@ def _is_open(descriptor: int) -> bool:
 _LISTING = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
 
 
-def receive(sock: socket.socket, buffer: memoryview, flags: int = 0) -> tuple[int, list[int], bool]:
+def receive(
+    sock: socket.socket, buffer: memoryview, flags: int = 0
+) -> tuple[int, Sequence[int], bool]:
     """Receives bytes and the descriptors beside them; plain ``recv`` would discard those silently.
 
     Returns:
@@ -88,10 +90,10 @@ def receive(sock: socket.socket, buffer: memoryview, flags: int = 0) -> tuple[in
     Raises:
         OSError: what recvmsg(2) raises.
     """
-    nbytes, ancillary, got, _ = sock.recvmsg_into([buffer], _ANCILLARY, flags | _CLOEXEC)
+    nbytes, ancillary, got, _ = sock.recvmsg_into((buffer,), _ANCILLARY, flags | _CLOEXEC)
     truncated = bool(got & _TRUNCATED)
     if not ancillary:
-        return nbytes, [], truncated
+        return nbytes, (), truncated
     descriptors = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -116,16 +118,18 @@ def send(
     Raises:
         OSError: what sendmsg(2) raises; EPIPE as an error, never as a signal.
     """
+    if not descriptors and len(parts) == 1:
+        return sock.send(parts[0], flags | NOSIGNAL)
     ancillary = (
         [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         if descriptors
         else ()
     )
-    return sock.sendmsg(parts[:_MOST_BUFFERS], ancillary, flags | _NOSIGNAL)
+    return sock.sendmsg(parts[:_MOST_BUFFERS], ancillary, flags | NOSIGNAL)
 
 
 _MOST_BUFFERS = 1024  # of one send: IOV_MAX
-_NOSIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))  # not on macOS, where Python ignores SIGPIPE
+NOSIGNAL = int(getattr(socket, "MSGNOSIGNAL", 0))  # not on macOS, where Python ignores SIGPIPE
 
 
 def _replace_private_in_child() -> None:

@@ -6,55 +6,41 @@ import asyncio
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
-from . import _call, _environment, _payload, _wire
+# What a job does not need is imported where it is used: a program waits for its first result.
+from . import _call, _environment, _payload, _steps, _wire
 from ._errors import ExecutorClosedError, PayloadError
-from ._inline import InlinePool
-from ._streams import AnyIterable, Batch, Stream, at_least_one, check_iterables, map_io
-from ._threads import Threads
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
 
+    from ._chunks import Lengths
+    from ._inline import InlinePool
     from ._job import Job
     from ._pool import Pool
+    from ._sources import AnyIterable
+    from ._statistics import Statistics
+    from ._streams import Chunk, Stream, map_io
+    from ._threads import Threads
+
+_FEW = 64  # items of a chunk among which large ones are looked for: there are none among many
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What an executor has under way.
+class _MapIO:
+    """Executor.map_io, until it is first looked up."""
 
-    Attributes:
-        max_workers: how many workers there may be; 0 runs jobs inline.
-        workers_starting: workers that are being forked or run the initializer.
-        workers_idle: workers that wait for a job.
-        workers_busy: workers that run one.
-        jobs_queued: jobs that no worker has yet.
-        jobs_running: jobs that a worker has.
-        jobs_completed: jobs that a worker has replied to, with a result or an exception.
-        worker_deaths: workers that died while they had a job.
-        threads_busy: threads of ``run_blocking``, abandoned ones among them.
-        threads_abandoned: those whose caller was cancelled; they run until the function returns.
-    """
+    def __get__(self, executor: object, owner: type[Executor]) -> Any:
+        from ._streams import map_io
 
-    max_workers: int
-    workers_starting: int
-    workers_idle: int
-    workers_busy: int
-    jobs_queued: int
-    jobs_running: int
-    jobs_completed: int
-    worker_deaths: int
-    threads_busy: int
-    threads_abandoned: int
+        owner.map_io = staticmethod(map_io)
+        return map_io
 
 
 class Executor:
@@ -97,7 +83,12 @@ class Executor:
         self._entered: asyncio.AbstractEventLoop | None = None
         self._closed: str = ""
         self._process = os.getpid()
-        self._threads = Threads()
+
+    @cached_property
+    def _threads(self) -> Threads:
+        from ._threads import Threads
+
+        return Threads()
 
     # --- jobs ------------------------------------------------------------------------------------
 
@@ -120,20 +111,30 @@ class Executor:
             ExecutorClosedError: the executor is closed, or was killed meanwhile.
         """
         _call.check(fn, "run_cpu")
-        pool, job = self._submit(fn, args, kwargs)
+        pool = self._pool
+        if pool is None or self._closed or pool.loop is not asyncio._get_running_loop():
+            pool = self._pool_here()
+        if (args or kwargs) and _steps.is_large(*args, *kwargs.values()):
+            steps = _call.Call.steps(fn, args, kwargs, shares_main=self._shares_main)
+            pool.expect()
+            try:
+                call = await pool.rota.run(steps)
+            finally:
+                pool.expect_no_more()
+            if self._closed == "killed":
+                call.close()
+                self._require_open()
+        else:
+            call = _call.Call(fn, args, kwargs, shares_main=self._shares_main)
+        del fn, args, kwargs  # the call has them, and 100,000 coroutines may wait here
+        job = pool.submit(call)
+        del call
         try:
             return await job.future  # type: ignore[no-any-return]
         except BaseException:
             if job.future.cancel() or job.future.cancelled():
                 pool.cancel(job)
             raise
-
-    def _submit(
-        self, fn: Callable[..., object], args: Any, kwargs: dict[str, Any], flags: int = 0
-    ) -> tuple[Pool | InlinePool, Job]:
-        pool = self._pool_here()
-        call = _call.Call(fn, args, kwargs, flags=flags, main_is_shared=self._shares_main())
-        return pool, pool.submit(call)
 
     def _shares_main(self) -> bool:
         if self._max_workers == 0:
@@ -198,43 +199,78 @@ class Executor:
             iterables: sync or async, one or more; the shortest ends the stream. Async sources are
                 closed at the end.
             limit: the most items that are read and whose result has not been taken. ``None``:
-                twice what the workers can run.
+                twice the jobs that the workers can run; with measured chunks that grows with them.
             ordered: whether results come in the order of the input, or as they are done.
-            chunksize: how many items make one job, which is the unit of death and of cancellation.
-                ``None``: 1.
+            chunksize: how many items make one job, which is the unit of death, of cancellation,
+                and of what cannot be unpickled. ``None``: measured. The first items are jobs of
+                their own; as long as items turn out to be short, more of them go together, so that
+                a job runs 50 ms at most, and its items take 64 KiB. A long item after many short
+                ones shares its job with these: where that matters, say 1.
             return_exceptions: whether an item's exception is its result, or ends the stream.
 
         Raises:
             TypeError: ``fn`` is no plain function, or there is no iterable.
             ValueError: ``limit`` or ``chunksize`` is less than 1.
         """
+        from ._streams import Stream, check_iterables
+
         _call.check(fn, "map_cpu")
         check_iterables("map_cpu", iterables)
-        size = at_least_one("chunksize", 1 if chunksize is None else chunksize)
-        default = 2 * size * max(1, self._max_workers)
-        limit = at_least_one("limit", default if limit is None else limit)
-        flags = _wire.CHUNK | (_wire.KEEP_ERRORS if return_exceptions else 0)
+        lengths = self._lengths(chunksize, limit)
+        flags = _wire.CHUNK
+        if len(iterables) == 1:
+            flags |= _wire.ITEMS
+        if return_exceptions:
+            flags |= _wire.KEEP_ERRORS
         return Stream(
             "map_cpu",
             iterables,
-            partial(self._start_chunk, fn, flags),
-            limit,
-            size=min(size, limit),
+            partial(self._start_chunk, fn, flags, lengths),
+            lengths,
             ordered=ordered,
             return_exceptions=return_exceptions,
         )
 
-    def _start_chunk(self, fn: Callable[..., Any], flags: int, batch: Batch) -> asyncio.Future[Any]:
-        pool, job = self._submit(fn, batch, {}, flags)
-        job.future.add_done_callback(partial(_cancel_if_cancelled, pool, job))
+    def _lengths(self, chunksize: int | None, limit: int | None) -> Lengths:
+        from ._chunks import AIM, INLINE_AIM, FixedLength, MeasuredLength
+        from ._streams import at_least_one
+
+        workers = max(1, self._max_workers)
+        if limit is not None:
+            at_least_one("limit", limit)
+        if chunksize is None:
+            return MeasuredLength(workers, limit, aim=AIM if self._max_workers else INLINE_AIM)
+        at_least_one("chunksize", chunksize)
+        return FixedLength(chunksize, 2 * workers * chunksize if limit is None else limit)
+
+    def _start_chunk(
+        self, fn: Callable[..., Any], flags: int, lengths: Lengths, chunk: Chunk, first: int
+    ) -> asyncio.Future[Any]:
+        pool, shares_main = self._pool_here(), self._shares_main
+        if len(chunk) <= _FEW and _steps.is_large(chunk):
+            call = _steps.run(
+                _call.Call.steps(fn, chunk, {}, flags=flags, shares_main=shares_main, first=first)
+            )
+        else:
+            call = _call.Call(fn, chunk, {}, flags=flags, shares_main=shares_main, first=first)
+        weight = call.weight  # before it is sent, and gone
+        job = pool.submit(call)
+        job.future.add_done_callback(
+            partial(_chunk_done, pool, job, weight, partial(lengths.measured, len(chunk)))
+        )
         return job.future
 
-    map_io = staticmethod(map_io)  # needs no worker; here so that one object has it all
+    # Needs no worker; here so that one object has it all.
+    if TYPE_CHECKING:
+        map_io = staticmethod(map_io)
+    else:
+        map_io = _MapIO()
 
     # --- which pool ------------------------------------------------------------------------------
 
     def _pool_here(self) -> Pool | InlinePool:
-        self._require_open()
+        if self._closed:
+            self._require_open()
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -244,6 +280,7 @@ class Executor:
             ) from None
         pool = self._pool
         if pool is None or pool.loop is not loop:
+            self._start_server()
             pool = self._pool = self._pool_of(loop)
         return pool
 
@@ -270,11 +307,23 @@ class Executor:
 
     def _new_pool(self, loop: asyncio.AbstractEventLoop) -> Pool | InlinePool:
         if self._max_workers == 0:
+            from ._inline import InlinePool
+
             return InlinePool(loop)
         from ._pool import Plan, Pool
 
         limit = partial(_limit, self._max_workers, self._pools)
         return Pool(loop, Plan(self._start_method, self._initializer, limit))
+
+    def _start_server(self) -> None:
+        """Before the first call is made: whether it goes by reference depends on how it is started."""
+        if self._max_workers and self._process == os.getpid():
+            from . import _forkserver, _pool  # noqa: F401 - a page written after a fork is copied
+
+            try:
+                _forkserver.ensure(self._start_method)
+            except OSError:
+                pass  # the pool tries again, and tells who waits for a job
 
     def _require_open(self) -> None:
         if self._closed:
@@ -287,35 +336,44 @@ class Executor:
         from . import _forkserver
 
         if self._max_workers and _forkserver.role == "loop process":
+            from . import _pool  # noqa: F401 - else the first job would wait for it
+
             _forkserver.ensure(self._start_method)
 
     # --- its life --------------------------------------------------------------------------------
 
     def statistics(self) -> Statistics:
         """What it has under way, over all event loops."""
-
-        def workers(state: str) -> int:
-            return sum(pool.count(state) for pool in self._pools)
+        from ._statistics import Statistics
 
         return Statistics(
             max_workers=self._max_workers,
-            workers_starting=workers("starting"),
-            workers_idle=workers("idle"),
-            workers_busy=workers("busy"),
-            jobs_queued=sum(pool.queued for pool in self._pools),
-            jobs_running=workers("busy"),
+            workers_starting=self._count("starting"),
+            workers_idle=self._count("idle"),
+            workers_busy=self._count("busy"),
+            jobs_queued=self._queued(),
+            jobs_running=self._running(),
             jobs_completed=sum(pool.completed for pool in self._pools),
             worker_deaths=sum(pool.deaths for pool in self._pools),
             threads_busy=self._threads.busy,
             threads_abandoned=self._threads.abandoned,
         )
 
-    def __repr__(self) -> str:
-        now = self.statistics()
+    def _count(self, state: str) -> int:
+        return sum(pool.count(state) for pool in self._pools)
+
+    def _queued(self) -> int:
+        return sum(pool.queued for pool in self._pools)
+
+    def _running(self) -> int:
+        return sum(pool.running for pool in self._pools)
+
+    def __repr__(self) -> str:  # imports nothing: __del__ may ask at the interpreter's end
+        busy, idle = self._count("busy"), self._count("idle")
         closed = f"{self._closed} | " if self._closed else ""
         return (
-            f"<Executor [{closed}workers: {now.workers_busy} busy, {now.workers_idle} idle | "
-            f"jobs: {now.jobs_running} running, {now.jobs_queued} queued]>"
+            f"<Executor [{closed}workers: {busy} busy, {idle} idle | "
+            f"jobs: {self._running()} running, {self._queued()} queued]>"
         )
 
     async def __aenter__(self) -> Self:
@@ -385,9 +443,17 @@ def _limit(max_workers: int, pools: list[Pool | InlinePool], pool: Pool) -> int:
     return max(1, max_workers - sum(other.alive for other in others))
 
 
-def _cancel_if_cancelled(pool: Pool | InlinePool, job: Job, future: asyncio.Future[Any]) -> None:
+def _chunk_done(
+    pool: Pool | InlinePool,
+    job: Job,
+    weight: int,
+    measured: Callable[[int, int], None],
+    future: asyncio.Future[Any],
+) -> None:
     if future.cancelled():
         pool.cancel(job)
+    elif job.weight:  # it has a result, not only an error
+        measured(job.elapsed, max(weight, job.weight))
 
 
 def _kill_in_loop(pool: Pool | InlinePool) -> None:

@@ -31,7 +31,8 @@ import signal
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _descriptors, _wire
 from ._memory import map_segment
@@ -39,8 +40,9 @@ from ._worker import Marks, Worker, after_fork, flush, send_all
 
 if TYPE_CHECKING:
     import subprocess
+    from typing import Literal
 
-StartMethod = Literal["auto", "fork", "spawn"]
+    StartMethod = Literal["auto", "fork", "spawn"]
 
 
 class Recipe:
@@ -65,7 +67,7 @@ class Recipe:
         return pickle.dumps(vars(self), 5)
 
     @classmethod
-    def loads(cls, body: bytearray) -> Recipe:
+    def loads(cls, body: bytearray | memoryview) -> Recipe:
         """Out of the body of a START frame."""
         recipe = cls.__new__(cls)
         vars(recipe).update(pickle.loads(body))
@@ -240,10 +242,10 @@ def can_fork() -> bool:
 
 def _has_free_descriptors() -> bool:
     # The numbers that a forked server inherits stay taken in all of its workers.
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft == resource.RLIM_INFINITY or len(_descriptors.open_descriptors()) < soft // 2
+    most = os.sysconf(
+        "SC_OPEN_MAX"
+    )  # the soft limit, -1 for none; the resource module costs an import
+    return most < 0 or len(_descriptors.open_descriptors()) < most // 2
 
 
 def _fork() -> ForkServer:
@@ -389,7 +391,7 @@ def serve(master: socket.socket, *, preload: bool) -> NoReturn:
 def _detach_signals() -> None:
     """Handlers back to default, SIGINT ignored (Ctrl-C is the loop process's), none blocked."""
     signal.set_wakeup_fd(-1)  # inherited, it is the parent's: 3.11 would run its handlers there
-    for number in signal.valid_signals():
+    for number in range(1, signal.NSIG):  # valid_signals() makes an enum of each, in 0.1 ms
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -572,9 +574,8 @@ def _become_worker(recipe: Recipe, frame: _wire.Frame) -> NoReturn:
         _descriptors.private(channel)
         marks = Marks(map_segment(page))
         os.close(page)
-        Worker(
-            socket.socket(fileno=channel), lambda number: marks.begin(recipe.slot, number)
-        ).serve(recipe.initialize)
+        begin = partial(marks.begin, recipe.slot)
+        Worker(socket.socket(fileno=channel), begin).serve(recipe.initialize)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -7,11 +7,13 @@ as long as it runs; it cannot be cancelled, for it has ended before anybody coul
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import _wire, _worker
+from . import _steps, _wire, _worker
 from ._errors import PayloadError
 from ._job import Job
+from ._turns import Rota
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
 class InlinePool:
     """Has the verbs of :class:`asynclam._pool.Pool`, and no workers."""
 
-    alive = queued = deaths = 0
+    alive = queued = running = deaths = 0
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
+        self.rota = Rota(loop)
         self.completed = 0
 
     def submit(self, call: Call) -> Job:
@@ -34,20 +37,22 @@ class InlinePool:
         reply = self._run(job)
         if reply.kind == _wire.REFUSED:
             try:
-                call.turn_to_value(reply.body.decode())
+                call.turn_to_value(bytes(reply.body).decode())
             except PayloadError as error:
                 job.fail(error)
                 return job
             reply = self._run(job)
         self.completed += 1
-        job.receive(reply, os.getpid())
+        if reply.flags & _wire.PIECES:
+            _steps.run(job.receive_steps(reply, os.getpid()))
+        else:
+            job.receive(reply, os.getpid())
         return job
 
     def _run(self, job: Job) -> _wire.Frame:
         frame = _received(job.call.frame(job.number), job.call.descriptors)
-        kind, number, parts, *rest = _worker.run(frame, begin=lambda _: None)
+        kind, number, parts, flags, payload = _worker.run(frame)
         frame.close()
-        flags, payload = rest or (0, None)
         descriptors = payload.descriptors if payload else []
         buffers = _wire.encode(kind, number, parts, flags=flags, descriptors=len(descriptors))
         reply = _received(buffers, descriptors)
@@ -58,9 +63,15 @@ class InlinePool:
     def cancel(self, job: Job) -> None:
         """Does nothing: the job has ended."""
 
+    def expect(self) -> None:
+        """Does nothing: what is closed here still runs jobs."""
+
+    expect_no_more = expect
+
     def attach(self, loop: AbstractEventLoop) -> None:
         """Moves to another loop."""
         self.loop = loop
+        self.rota = Rota(loop)
 
     def close(self) -> Future[None]:
         """Nothing is left to wait for."""
@@ -76,7 +87,7 @@ class InlinePool:
         return 0
 
 
-def _received(buffers: list[_wire.Part], descriptors: list[int]) -> _wire.Frame:
+def _received(buffers: Sequence[_wire.Part], descriptors: Sequence[int]) -> _wire.Frame:
     """The frame as a receiver would have it, with descriptors of its own."""
     copies = [os.dup(descriptor) for descriptor in descriptors]
     return _wire.decode(b"".join(buffers), copies)

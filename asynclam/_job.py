@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from . import _payload, _raised, _wire
+from . import _payload, _raised, _steps, _wire
 from ._errors import JobExitError, PayloadError
 
 if TYPE_CHECKING:
     from asyncio import Future
+    from collections.abc import Generator
 
     from ._call import Call
 
+_EMPTY = bytearray()
 _numbers = itertools.count(1)  # 0 means none, on the page of marks
 
 
@@ -24,17 +26,23 @@ class Job:
         future: its outcome.
         number: names it on the channel and on the page of marks.
         worker: who has it; ``None`` while it waits, and once it has ended.
-        losses: how many workers have died with it before it had begun.
+        order: its place among the jobs that the worker was sent.
+        expected: how long it is expected to run, in microseconds.
+        losses: how many workers have died with it next in turn.
+        elapsed: how long it has run, in microseconds; 0 until it has ended.
+        weight: bytes that the reply to a chunk takes.
     """
 
-    __slots__ = ("call", "future", "losses", "number", "worker")
+    __slots__ = (
+        "call", "elapsed", "expected", "future", "losses", "number", "order", "weight", "worker",
+    )  # fmt: skip
 
     def __init__(self, call: Call, future: Future[Any]) -> None:
         self.call = call
         self.future = future
         self.number = next(_numbers)
         self.worker: Any = None
-        self.losses = 0
+        self.order = self.expected = self.losses = self.elapsed = self.weight = 0
 
     @property
     def name(self) -> str:
@@ -43,23 +51,51 @@ class Job:
 
     def receive(self, frame: _wire.Frame, pid: int | None) -> None:
         """Settles the job with a worker's reply."""
+        self.elapsed = frame.elapsed
         try:
             if frame.kind == _wire.RESULT:
-                self.succeed(self._result(frame, pid))
+                call = self.call
+                if call.is_chunk:
+                    self._weigh(frame)
+                result = _payload.loads(frame.body, frame.flags, frame.descriptors)
+                self.succeed(self._results(result, pid) if call.keeps_errors else result)
             else:
                 self.fail(_raised.loads(frame.body, self.name, pid))
         except BaseException as error:
-            # Unpickling runs users' code, which may do anything but leave the job unsettled.
-            self.fail(self._unreadable(error))
-            if isinstance(error, KeyboardInterrupt):
-                raise  # as likely to be Ctrl-C
+            self._fail_unreadable(error)
+        finally:
+            if frame.descriptors:
+                frame.close()
+
+    def receive_steps(self, frame: _wire.Frame, pid: int | None) -> Generator[None, None, None]:
+        """Settles the job with a large result, a millisecond at a time."""
+        self.elapsed = frame.elapsed
+        if self.call.is_chunk:
+            self._weigh(frame)
+        body, frame.body = frame.body, _EMPTY
+        steps = _steps.load_steps(body, frame.flags, frame.descriptors, private=frame.private)
+        del body  # a segment is free once nothing looks into it
+        try:
+            result = yield from steps
+            self.succeed(self._results(result, pid) if self.call.keeps_errors else result)
+        except GeneratorExit:
+            raise  # given up
+        except BaseException as error:
+            self._fail_unreadable(error)
         finally:
             frame.close()
 
+    def _fail_unreadable(self, error: BaseException) -> None:
+        # Unpickling runs users' code, which may do anything but leave the job unsettled.
+        self.fail(self._unreadable(error))
+        if isinstance(error, KeyboardInterrupt):
+            raise error  # as likely to be Ctrl-C
+
     def succeed(self, result: object) -> None:
         """Gives the result, unless there is an outcome already (a cancel)."""
-        self.call.close()
-        if self._wanted():
+        if self.call.kind is None:
+            self.call.close()
+        if not self.future.done():
             self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
@@ -81,14 +117,14 @@ class Job:
         exit_error.__cause__ = error
         return exit_error
 
-    def _result(self, frame: _wire.Frame, pid: int | None) -> Any:
-        result = _payload.loads(frame.body, frame.flags, frame.descriptors)
-        if self.call.keeps_errors:
-            return [self._item(ok, value, pid) for ok, value in result]
-        return result
+    def _weigh(self, frame: _wire.Frame) -> None:
+        self.weight = _payload.weight(len(frame.body), frame.descriptors or ())
 
-    def _item(self, ok: bool, value: Any, pid: int | None) -> Any:
-        return value if ok else self._harmless(_raised.loads(value, self.name, pid))
+    def _results(self, results: Any, pid: int | None) -> Any:
+        results, errors = results
+        for index, raised in errors.items():
+            results[index] = self._harmless(_raised.loads(raised, self.name, pid))
+        return results
 
     def _unreadable(self, error: BaseException) -> PayloadError:
         unreadable = PayloadError(

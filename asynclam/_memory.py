@@ -1,16 +1,36 @@
 """Segments: memory that two processes see, with no name in any file system and no /dev/shm.
 
-A segment is a descriptor: a memfd, or an unlinked temporary file where the system has none. It
-travels between processes with SCM_RIGHTS (unix(7)), which gives the receiver a descriptor of its
-own, so either side may close first; the kernel frees the memory with the last descriptor or mapping.
+Theory of operation. A segment is a descriptor. It travels between processes with SCM_RIGHTS
+(unix(7)), which gives the receiver a descriptor of its own, so either side may close first; the
+kernel frees the memory with the last descriptor or mapping. The first way that works makes them:
+
+* ``memfd``: ``os.memfd_create``;
+* ``syscall``: the system call of that name, for a Python that was built without the function;
+* ``file``: an unlinked file in the temporary directory, its blocks reserved before it is mapped.
+
+The environment variable ``ASYNCLAM_SEGMENTS`` names the only one to use, or ``stream``: payloads
+travel in frames alone then (what must be shared memory still takes the first way that works). Each
+process reads it once, when it makes its first segment: workers have the environment of the loop
+process, which comes with the recipe of their start, after the import of this module.
+
+The end of a large mapping takes long (60 ms for 256 MiB on the machine where it was measured), and
+comes where the last view of it is dropped, which may be a ``del`` on the event loop. So a
+:class:`Map` that dies is revived, and handed to a thread that lets it die again, there: the thread
+runs without the GIL meanwhile, and ends when nothing is left. The loop process asks for that with
+:func:`drop_in_thread`; everywhere else, and in a process that it forks, a map dies in place.
 """
 
 from __future__ import annotations
 
+import _thread
+import errno
 import mmap
 import os
 import pickle
+import sys
 import threading
+from collections import deque
+from collections.abc import Callable
 
 TYPE_CHECKING = False  # as typing's, without its import: a worker imports this module
 if TYPE_CHECKING:
@@ -18,19 +38,112 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+VARIABLE = "ASYNCLAM_SEGMENTS"
+_STREAM = "stream"
+
+_LARGE = 1 << 20  # bytes: to unmap less than this takes less time than to wake a thread
+
+
+# --- ways to make one ----------------------------------------------------------------------------
+
 
 def create_segment(nbytes: int) -> int:
     """A new segment of ``nbytes`` zeros, as a descriptor that is closed by exec.
 
     Raises:
         OSError: the descriptor limit is reached (EMFILE), or the disk is full where it is a file.
+        ValueError: ``ASYNCLAM_SEGMENTS`` names no way that there is.
     """
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("asynclam", os.MFD_CLOEXEC)
-        reserve = os.ftruncate
-    else:  # macOS
-        descriptor = _unlinked_file()
-        reserve = _fallocate
+    global _chosen
+    if _chosen is None:
+        wanted = _wanted()
+        if wanted not in _WAYS:
+            _chosen, descriptor = _first_that_works(nbytes)
+            return descriptor
+        _chosen = _WAYS[wanted]
+    return _chosen(nbytes)
+
+
+def are_payloads_streamed() -> bool:
+    """Whether ``ASYNCLAM_SEGMENTS`` keeps payloads out of segments.
+
+    Raises:
+        ValueError: it names no way that there is.
+    """
+    global _streamed
+    if _streamed is None:
+        _streamed = _wanted() == _STREAM
+    return _streamed
+
+
+def _wanted() -> str:
+    wanted = os.environ.get(VARIABLE, "")
+    allowed = [*_WAYS, _STREAM]
+    if wanted and wanted not in allowed:
+        raise ValueError(
+            f"{VARIABLE}={wanted} is none of {', '.join(allowed)}; "
+            "unset it to use the first of them that works"
+        )
+    return wanted
+
+
+def _first_that_works(nbytes: int) -> tuple[_Way, int]:
+    """A way, and the segment that it made."""
+    for way in _WAYS.values():
+        try:
+            return way, way(nbytes)
+        except OSError as error:
+            if error.errno not in _IMPOSSIBLE or way is _file:
+                raise
+    raise AssertionError("the last way gives a descriptor or raises")
+
+
+# What says that the system, or its sandbox, lacks the call; other errors say what it ran out of.
+_IMPOSSIBLE = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL)
+
+
+def _memfd(nbytes: int) -> int:
+    if not hasattr(os, "memfd_create"):
+        raise OSError(errno.ENOSYS, "this Python has no os.memfd_create")
+    return _reserved(os.memfd_create("asynclam", os.MFD_CLOEXEC), nbytes, os.ftruncate)
+
+
+def _syscall(nbytes: int) -> int:
+    number = _SYSCALLS.get(os.uname().machine) if sys.platform == "linux" else None
+    if number is None:
+        raise OSError(errno.ENOSYS, "the number of the system call memfd_create is not known here")
+    try:
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+    except (ImportError, OSError):
+        raise OSError(errno.ENOSYS, "this Python has no ctypes") from None
+    descriptor: int = libc.syscall(ctypes.c_long(number), b"asynclam", ctypes.c_uint(1))  # CLOEXEC
+    if descriptor < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"memfd_create: {os.strerror(code)}")
+    return _reserved(descriptor, nbytes, os.ftruncate)
+
+
+_SYSCALLS = {"x86_64": 319, "aarch64": 279}
+
+
+def _file(nbytes: int) -> int:
+    import tempfile
+
+    descriptor, path = tempfile.mkstemp(prefix="asynclam-")
+    os.unlink(path)
+    return _reserved(descriptor, nbytes, _fallocate)
+
+
+def _fallocate(descriptor: int, nbytes: int) -> None:
+    # A store into a sparse file on a full disk is SIGBUS; this is ENOSPC now instead.
+    os.ftruncate(descriptor, nbytes)
+    if nbytes and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+
+
+def _reserved(descriptor: int, nbytes: int, reserve: Callable[[int, int], None]) -> int:
     try:
         reserve(descriptor, nbytes)
     except OSError:
@@ -39,27 +152,148 @@ def create_segment(nbytes: int) -> int:
     return descriptor
 
 
+_Way = Callable[[int], int]
+_WAYS: dict[str, _Way] = {"memfd": _memfd, "syscall": _syscall, "file": _file}
+_chosen: _Way | None = None
+_streamed: bool | None = None
+
+
+# --- maps, and how they end ----------------------------------------------------------------------
+
+
+class Map(mmap.mmap):
+    """A mapping of a segment. Whoever looks into it, through however many views, keeps it alive."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        # This revives the object: the queue has a reference. Its second death is the thread's, and
+        # runs no __del__ (PEP 442).
+        if _dropped is not None and len(self) >= _LARGE:
+            _drop(self)
+
+
+def map_descriptor(descriptor: int, nbytes: int) -> Map:
+    """Maps the first ``nbytes`` of a segment, more than 0, writable. The descriptor stays the caller's.
+
+    Until Python 3.12 the map holds a duplicate of the descriptor.
+
+    Raises:
+        OSError: no memory map, or no descriptor, is left.
+    """
+    if sys.version_info >= (3, 13):
+        return Map(descriptor, nbytes, trackfd=False)
+    return Map(descriptor, nbytes)
+
+
 def map_segment(descriptor: int) -> memoryview:
     """All of a segment, which must not be empty, as writable shared memory.
 
-    The map holds a duplicate of the descriptor (``trackfd=False`` avoids it from Python 3.13).
+    Raises:
+        OSError: no memory map, or no descriptor, is left.
     """
-    return memoryview(mmap.mmap(descriptor, 0))
+    return memoryview(map_descriptor(descriptor, os.fstat(descriptor).st_size))
 
 
-def _unlinked_file() -> int:
-    import tempfile
+def drop_in_thread() -> None:
+    """From here on, large mappings of this process end in a thread."""
+    global _dropped
+    if _dropped is None:
+        _dropped = deque()
 
-    descriptor, path = tempfile.mkstemp(prefix="asynclam-")
-    os.unlink(path)
-    return descriptor
+
+def drop_in_place() -> None:
+    """From here on, mappings of this process end where the last view of them is dropped."""
+    global _dropped
+    _dropped = None
 
 
-def _fallocate(descriptor: int, nbytes: int) -> None:
-    # A store into a sparse file on a full disk is SIGBUS; this is ENOSPC now instead.
-    os.ftruncate(descriptor, nbytes)
-    if nbytes and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
+_dropped: deque[object] | None = None  # what waits for the thread
+_dropping = _thread.allocate_lock()  # held by the thread, as long as there is one
+
+
+def _drop(what: object) -> None:
+    """Lets something die in the thread. Safe in a finaliser, in which threading's own locks are not."""
+    if _dropped is None:
+        return
+    _dropped.append(what)
+    # Whoever gets the lock starts the thread; who does not leaves it to the thread that runs.
+    if _dropping.acquire(blocking=False):
+        try:
+            _thread.start_new_thread(_drop_all, (_dropped,))
+        except RuntimeError:  # no thread is to be had, or the interpreter ends
+            _dropping.release()
+            _dropped.clear()
+
+
+def _drop_all(dropped: deque[object]) -> None:
+    while True:
+        while dropped:
+            dropped.popleft()
+        _dropping.release()
+        # What came after the last look, before the release, has started no thread.
+        if not dropped or not _dropping.acquire(blocking=False):
+            return
+
+
+def _forget() -> None:
+    """What a forked process does not have of its parent's: the thread, and what its environment said."""
+    global _dropping, _chosen, _streamed
+    drop_in_place()
+    _dropping = _thread.allocate_lock()
+    _chosen = _streamed = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+# --- blank objects -------------------------------------------------------------------------------
+
+
+def blank(kind: type[bytes | bytearray], nbytes: int) -> tuple[bytes | bytearray, memoryview]:
+    """A new object of ``nbytes`` that nobody has written to, and the view with which to fill it.
+
+    ``bytes(n)`` and ``bytearray(n)`` touch all of their memory before they return; this touches
+    none, so that it can be filled slice by slice. Drop the view before the object is given away.
+
+    Raises:
+        ImportError: there is no ctypes.
+        MemoryError: there is not so much memory.
+    """
+    import ctypes
+
+    api = ctypes.pythonapi
+    name = "Bytes" if kind is bytes else "ByteArray"
+    create, address_of = api[f"Py{name}_FromStringAndSize"], api[f"Py{name}_AsString"]
+    create.restype, create.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
+    address_of.restype, address_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
+    new: bytes | bytearray = create(None, nbytes)
+    address: int = address_of(new)
+    if nbytes >= _OWN_MAPPING:
+        _advise_huge_pages(address, nbytes)
+    return new, memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+# Bytes: malloc gives what is at least so large (glibc's greatest M_MMAP_THRESHOLD) a mapping of its
+# own. Advice on less would stay with the heap.
+_OWN_MAPPING = 32 << 20
+
+
+def _advise_huge_pages(address: int, nbytes: int) -> None:
+    """Of 256 MiB: a quarter of the time to fill it, and 1 ms instead of 25 to free it."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    import ctypes
+
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    advise(start, length, mmap.MADV_HUGEPAGE)  # advice: a kernel without them may refuse
+
+
+# --- SharedBuffer --------------------------------------------------------------------------------
 
 
 class _Travel(threading.local):
@@ -128,7 +362,7 @@ class SharedBuffer:
         self._require_open()
         if not self._nbytes:
             return memoryview(bytearray())  # mmap(2) refuses a length of 0
-        self._map = mmap.mmap(self._descriptor, self._nbytes)
+        self._map = map_descriptor(self._descriptor, self._nbytes)
         return memoryview(self._map)
 
     def _require_open(self) -> None:
@@ -141,11 +375,12 @@ class SharedBuffer:
         A process that was given the buffer keeps it. Closing twice does nothing.
         """
         descriptor, self._descriptor = self._descriptor, -1
+        # Before the map is dropped, which ends in a thread: the last to close frees the memory.
+        if descriptor >= 0:
+            os.close(descriptor)
         # Not mmap.close(): it fails while anything (an array, say) still looks into the map, and
         # dropping the references does the same as soon as nothing does.
         self._view = self._map = None
-        if descriptor >= 0:
-            os.close(descriptor)
 
     def __enter__(self) -> Self:
         self._require_open()

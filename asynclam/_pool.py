@@ -6,18 +6,29 @@ the fork server, one channel a worker, and the page of marks.
     worker:  STARTING ──READY──► IDLE ◄──reply── BUSY ──channel ended──► DYING ──EXITED──► gone
                  └──FAILED, NOT_STARTED, death──► failed start           (killed: DYING at once)
 
-A job is sent to an idle worker or waits in the queue; a worker has one job at a time. Workers are
-started when jobs wait, up to ``max_workers``, and live on.
+A job is sent to an idle worker or waits in the queue. Workers are started when jobs wait, up to
+``max_workers``, and live on.
+
+Pipelining. A job that takes microseconds would wait longer for its turn than it runs. So once all
+workers are there, a job may be sent to a busy one, as long as all that the worker has is expected,
+by the run times of the same functions before, to be done within ``_MOST_WAIT``. The jobs in a
+channel have their order, and are run and replied to in that order.
+
+Revoking. An expectation may be wrong. A timer, which runs only while some worker has more than one
+job, notices a worker that has not replied for a while; its jobs are revoked on the page of marks.
+Once that has certainly been seen, *begun* on the page tells which job the worker runs; those after
+it go back to the head of the queue.
 
 Death. Two messengers tell of it, the end of the channel and EXITED from the fork server, in any
 order. The first to come drains the channel, so a result that was sent before the death counts. A
 worker whose channel has ended is killed in any case: it may live on without it. Its job fails once
-EXITED gives the reason; if the page of marks says that it had not begun, it runs again, elsewhere.
+EXITED gives the reason; jobs that had not begun, by the page of marks, run again, elsewhere.
 
 If the fork server dies, its control connection ends. Its workers go on until their job is done and
 are replaced by workers of the next server; nobody can tell how such a worker ended.
 
-Cancelling a job that a worker has is a KILL to that worker, which has no other.
+Cancelling a job that a worker has is a KILL to that worker, once it has no other: the others are
+revoked before, which takes a millisecond.
 
 The order of shutdown: no more jobs; the last ones end; channels are closed, so that workers read
 end of file and exit; the EXITED of each is awaited; the control connection is closed. A kill closes
@@ -31,51 +42,94 @@ import itertools
 import os
 import signal
 import socket
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from time import perf_counter
+from typing import TYPE_CHECKING
 
-from . import _forkserver, _memory, _raised, _wire
+from . import _forkserver, _memory, _payload, _raised, _wire
 from ._channel import Channel
 from ._errors import AsynclamError, ExecutorClosedError, WorkerDiedError, WorkerStartError
 from ._job import Job
+from ._turns import Rota, Work
 from ._worker import Marks
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, TimerHandle
 
+    from . import _segments
     from ._call import Call
 
 _MOST_FAILED_STARTS = 3  # in a row, until the jobs that wait are failed
 _MOST_LOSSES = 3  # workers that may die with a job before it has begun, until it fails
 _PATIENCE = 1.0  # seconds in which an idle worker exits after end of file, before it is killed
-_SLOTS = 512  # of the page of marks: one page of memory; workers that are dying have one, too
+_SLOTS = 512  # of the page of marks: two pages of memory; workers that are dying have one, too
+
+_MOST_WAIT = 500  # microseconds that the jobs in a channel are expected to run, all together
+_MOST_IN_CHANNEL = 32  # jobs in a channel, however short they are
+_LONG = 1 << 32  # microseconds that a job is expected to run of which nothing is known
+_MOST_KINDS = 4096  # of jobs whose run time is remembered, until all are forgotten
+_OVERDUE = (
+    0.001  # seconds without a reply, twice in a row, until what waits in a channel is revoked
+)
+_SEEN = 0.001  # seconds after which a store has certainly been seen by a process that runs
 
 _STARTING, _IDLE, _BUSY, _DYING = "starting", "idle", "busy", "dying"
+
+_IN_MEMORY = _wire.SEGMENT | _wire.RELEASES
+_OUTCOMES = (_wire.RESULT, _wire.RAISED)
 
 _worker_numbers = itertools.count(1)
 
 
-class Plan(NamedTuple):
-    """How a pool's workers are made."""
+class Plan:
+    """How a pool's workers are made."""  # no NamedTuple, which takes longer than a module to make
 
-    start_method: _forkserver.StartMethod
-    initializer: bytes
-    limit: Callable[[Pool], int]  # how many this pool may have now
+    __slots__ = ("initializer", "limit", "start_method")
+
+    def __init__(
+        self,
+        start_method: _forkserver.StartMethod,
+        initializer: bytes,
+        limit: Callable[[Pool], int],  # how many this pool may have now
+    ) -> None:
+        self.start_method, self.initializer, self.limit = start_method, initializer, limit
 
 
 class _Worker:
     """What the pool knows of one worker."""
 
-    __slots__ = ("cause", "channel", "job", "number", "orphan", "pid", "slot", "state", "status")
+    __slots__ = (
+        "cause",
+        "channel",
+        "expected",
+        "jobs",
+        "number",
+        "orphan",
+        "pid",
+        "revoking",
+        "segments",
+        "sent",
+        "slot",
+        "state",
+        "status",
+        "transfer",
+        "watched",
+    )  # fmt: skip
 
     def __init__(self, slot: int) -> None:
         self.number = next(_worker_numbers)
         self.slot = slot
         self.state = _STARTING
         self.channel: Channel
-        self.job: Job | None = None
+        self.jobs: deque[Job] = deque()  # sent and not replied to, in order
+        self.sent = 0  # how many jobs, which gives each its order
+        self.expected = 0  # microseconds that its jobs are expected to run
+        self.watched: Job | None = None  # its first job when it was looked at last
+        self.revoking: TimerHandle | None = None  # until what waits in its channel is taken back
+        self.transfer: Work | None = None  # of its job's payload into a segment, before it is sent
+        self.segments: _segments.End | None = None  # once there is one
         self.pid: int | None = None
         self.status: int | None = None  # wait status, once the fork server has told it
         self.cause: BaseException | None = None  # what its initializer raised
@@ -87,12 +141,19 @@ class Pool:
 
     def __init__(self, loop: AbstractEventLoop, plan: Plan) -> None:
         self.loop = loop
+        self.rota = Rota(loop)  # of the large payloads
         self.deaths = 0
         self.completed = 0
         self._plan = plan
         self._queue: OrderedDict[int, Job] = OrderedDict()  # by number, in order
         self._workers: dict[int, _Worker] = {}  # all whose end has not been told
         self._idle: list[_Worker] = []
+        self._expected = 0  # calls that are being pickled
+        self._arriving: dict[int, tuple[Job, Work]] = {}  # large results that are being unpickled
+        self._share: _segments.Share | None = None
+        self._times: dict[bytes, int] = {}  # microseconds, by kind of call
+        self._watch: TimerHandle | None = None  # while a worker has more than one job
+        self._may_grow = True  # whether there may be more workers, as far as is known
         self._failed_starts = 0
         self._start_cause: BaseException | None = None  # of the last failed start
         self._server: _forkserver.ForkServer | None = None
@@ -109,18 +170,45 @@ class Pool:
     def submit(self, call: Call) -> Job:
         """Hands a call to a worker, now or as soon as one is free."""
         job = Job(call, self.loop.create_future())
-        if not self._queue or not self.alive:
+        if self._queue:  # so nobody has room for another
+            self._queue[job.number] = job
+            if self._may_grow:
+                self._start_workers()
+            return job
+        worker = self._idle.pop() if self._idle else self._with_room(job)
+        if worker is not None:
+            self._give(worker, job)
+        else:
             self._failed_starts = 0
-        self._queue[job.number] = job
-        self._dispatch()
+            self._queue[job.number] = job
+            self._start_workers()
         return job
+
+    def expect(self) -> None:
+        """A call is about to come: a close waits for it, as for the jobs."""
+        self._expected += 1
+
+    def expect_no_more(self) -> None:
+        """That call comes now, in this turn of the loop, or never."""
+        self._expected -= 1
+        if self._closing is not None and not self.loop.is_closed():
+            self.loop.call_soon(self._advance_close)
 
     def cancel(self, job: Job) -> None:
         """Stops the work on a job whose future is done: drops it, or kills the worker that has it."""
         self._queue.pop(job.number, None)
         worker = job.worker
-        if worker is not None and worker.job is job:
-            worker.job = None
+        if job.number in self._arriving:
+            self._arriving.pop(job.number)[1].cancel()
+        elif worker is not None and len(worker.jobs) > 1:
+            self._revoke(worker)  # and sees to the cancelled jobs when the others are safe
+            return
+        elif worker is not None and worker.transfer is not None:
+            self._stop_transfer(worker)  # it has not heard of the job yet
+            worker.sent -= 1
+            self._requeue(worker, worker.jobs.pop())
+            self._refill(worker)
+        elif worker is not None:
             self._kill(worker)
         job.call.close()  # after its frame was dropped with the channel: it names the descriptors
         self._dispatch()
@@ -128,14 +216,19 @@ class Pool:
     def attach(self, loop: AbstractEventLoop) -> None:
         """Moves the idle workers to another loop; the one before is closed, and its jobs with it."""
         self.loop = loop
-        self._closing = self._last_call = None
+        self._closing = self._last_call = self._watch = None
+        for _, work in list(self._arriving.values()):
+            work.cancel()
+        self.rota = Rota(loop)
+        self._arriving.clear()
         for channel in self._channels():
             channel.attach(loop)
-        for job in list(self._queue.values()):
-            self.cancel(job)
+        for job in self._queue.values():
+            job.call.close()
+        self._queue.clear()
         for worker in list(self._workers.values()):
-            if worker.job is not None:
-                self.cancel(worker.job)
+            if worker.jobs or worker.revoking:
+                self._kill(worker)
 
     def close(self) -> Future[None]:
         """No more jobs from here on; the future is done when the last one is, and all workers gone."""
@@ -148,7 +241,12 @@ class Pool:
         """Ends all workers at once and fails their jobs. Nothing is waited for."""
         self._killed = True
         jobs = list(self._queue.values())
-        jobs += [worker.job for worker in self._workers.values() if worker.job is not None]
+        for worker in self._workers.values():
+            jobs += worker.jobs
+        for job, work in list(self._arriving.values()):
+            work.cancel()
+            jobs.append(job)
+        self._arriving.clear()
         self._queue.clear()
         self._idle.clear()
         for channel in self._channels():
@@ -156,10 +254,12 @@ class Pool:
         for worker in self._workers.values():
             if worker.orphan:
                 _kill_orphan(worker)
+            self._stop_timers(worker)
         self._workers.clear()
         self._close_page()
-        if self._last_call is not None:
-            self._last_call.cancel()
+        for timer in (self._last_call, self._watch):
+            if timer is not None:
+                timer.cancel()
         for job in jobs:
             job.fail(ExecutorClosedError(f"the executor was killed before {job.name} had ended"))
         self._tell_closed()
@@ -174,6 +274,11 @@ class Pool:
         return len(self._queue)
 
     @property
+    def running(self) -> int:
+        """How many jobs workers have."""
+        return sum(len(worker.jobs) for worker in self._workers.values())
+
+    @property
     def alive(self) -> int:
         """How many workers can run jobs, now or soon."""
         return len(self._workers) - self.count(_DYING)
@@ -185,59 +290,252 @@ class Pool:
     # --- who gets the next job -------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        while self._idle and self._queue:
-            _, job = self._queue.popitem(last=False)
+        """Gives jobs to idle workers, and starts workers for those that still wait."""
+        while self._queue:
+            job = next(iter(self._queue.values()))
+            worker = self._idle.pop() if self._idle else self._with_room(job)
+            if worker is None:
+                break
+            del self._queue[job.number]
             if not job.future.done():  # else it is cancelled, and cancel() is about to be called
-                self._give(self._idle.pop(), job)
-        while self._should_start():
-            self._start_worker()
-        if self._queue and not self.alive and self._failed_starts >= _MOST_FAILED_STARTS:
-            self._fail_queue()
+                self._give(worker, job)
+            elif not worker.jobs:
+                self._idle.append(worker)
+        self._start_workers()
         self._advance_close()
 
     def _give(self, worker: _Worker, job: Job) -> None:
-        worker.state, worker.job, job.worker = _BUSY, job, worker
-        worker.channel.send(job.call.frame(job.number), job.call.descriptors)
+        worker.sent = job.order = worker.sent + 1
+        worker.state, job.worker = _BUSY, worker
+        kind = job.call.kind
+        job.expected = _LONG if kind is None else self._times.get(kind, _LONG)
+        worker.expected += job.expected
+        worker.jobs.append(job)
+        if len(worker.jobs) > 1 and self._watch is None:
+            self._watch = self.loop.call_later(_OVERDUE, self._look_for_overdue)
+        size = _payload.size_of(job.call.parts) if kind is None else 0
+        if size >= _payload.LEAST_IN_SEGMENT:
+            lease = self._segments_of(worker).outgoing.acquire(size)
+            if lease is not None:
+                transfer = self.rota.begin(self._send_in_segment(worker, job, lease))
+                worker.transfer = None if transfer.ended else transfer
+                return
+        self._send(worker, job)
 
-    def _release(self, worker: _Worker) -> None:
-        """Takes the job from a worker that has replied, and gives it the next one."""
-        job, worker.job = worker.job, None
-        if job is not None:
-            job.worker = None
-            self.completed += 1
+    def _send(self, worker: _Worker, job: Job) -> None:
+        """Sends a job in its frame."""
+        notes = worker.segments.notes() if worker.segments is not None else b""
+        worker.channel.send(job.call.frame(job.number, notes), job.call.descriptors)
+
+    def _send_in_segment(
+        self, worker: _Worker, job: Job, lease: _segments.Lease
+    ) -> Generator[None, None, None]:
+        """Copies the payload slice by slice, then sends the job. Closed, it has done nothing."""
+        from . import _segments
+
+        segments = self._segments_of(worker)
+        try:
+            yield
+            yield from _segments.copy_in(lease.view, job.call.parts)
+        except BaseException as error:
+            segments.outgoing.cancel(lease)
+            if not isinstance(error, GeneratorExit):  # Ctrl-C, and the loop may go on
+                worker.transfer = None
+                self._send(worker, job)
+            raise
+        worker.transfer = None
+        notes, added = segments.notes(), lease.descriptors
+        worker.channel.send(
+            job.call.frame(job.number, notes, lease.record, len(added)),
+            [*job.call.descriptors, *added],
+            partial(segments.outgoing.sent, lease),
+        )
+
+    def _segments_of(self, worker: _Worker) -> _segments.End:
+        from . import _segments
+
+        if self._share is None:
+            self._share = _segments.Share()
+            _memory.drop_in_thread()
+        if worker.segments is None:
+            worker.segments = _segments.End(self._share)
+        return worker.segments
+
+    def _refill(self, worker: _Worker) -> None:
+        """Gives a worker that has replied more to do, as much as fits in its channel."""
+        if worker.state is _DYING or worker.status is not None:
+            return  # its last words
         if worker.orphan:
-            self._bury(worker)
+            if not worker.jobs:
+                self._bury(worker)
             return
-        worker.state = _IDLE
-        self._idle.append(worker)
+        while self._queue and worker.revoking is None:
+            job = next(iter(self._queue.values()))
+            if worker.jobs and not self._fits(worker, job):
+                break
+            del self._queue[job.number]
+            if not job.future.done():
+                self._give(worker, job)
+        if not worker.jobs and worker.revoking is None:
+            worker.state = _IDLE
+            self._idle.append(worker)
+            if self._closing is not None:
+                self._advance_close()
+
+    # --- pipelining ------------------------------------------------------------------------------
+
+    def _with_room(self, job: Job) -> _Worker | None:
+        """A busy worker that is expected to be done soon, if no other can be had."""
+        found = None
+        for worker in self._workers.values():
+            if worker.state is _STARTING:
+                return None
+            if (
+                worker.state is _BUSY
+                and self._fits(worker, job)
+                and (found is None or worker.expected < found.expected)
+            ):
+                found = worker
+        if found is not None and self.alive < self._plan.limit(self):
+            return None
+        return found
+
+    def _fits(self, worker: _Worker, job: Job) -> bool:
+        kind = job.call.kind
+        if kind is None or worker.revoking or worker.orphan:
+            return False
+        if not 0 < len(worker.jobs) < _MOST_IN_CHANNEL:  # 0: it has jobs to skip, and to say so
+            return False
+        return worker.expected + self._times.get(kind, _LONG) <= _MOST_WAIT
+
+    def _learn(self, kind: bytes, elapsed: int) -> None:
+        """Takes note of a run time: at once if it was longer than expected, else bit by bit."""
+        known = self._times.get(kind)
+        if known is None:
+            if len(self._times) >= _MOST_KINDS:
+                self._times.clear()
+            self._times[kind] = elapsed
+        elif elapsed != known:
+            self._times[kind] = elapsed if elapsed > known else known - (known - elapsed + 7) // 8
+
+    def _look_for_overdue(self) -> None:
+        self._watch = None
+        more = False
+        for worker in list(self._workers.values()):
+            if self._is_overdue(worker):
+                self._revoke(worker)
+            several = len(worker.jobs) > 1
+            worker.watched = worker.jobs[0] if several else None
+            more = more or several
+        if more and self._watch is None:
+            self._watch = self.loop.call_later(_OVERDUE, self._look_for_overdue)
+
+    def _is_overdue(self, worker: _Worker) -> bool:
+        """Whether its first job is the same as when it was looked at last, and others wait."""
+        first = worker.watched
+        if first is None or not worker.jobs or worker.jobs[0] is not first:
+            return False
+        # The loop may have been busy with something else, and replies may be here.
+        here = worker.channel.catch_up()
+        return here and len(worker.jobs) > 1 and worker.jobs[0] is first
+
+    def _revoke(self, worker: _Worker) -> None:
+        """Lets the worker begin no more of the jobs that it has."""
+        if worker.revoking is None and worker.state is _BUSY:
+            self._marks.revoke(worker.slot, worker.sent)
+            seen = perf_counter() + _SEEN
+            worker.revoking = self.loop.call_later(_SEEN, self._take_back, worker, seen)
+
+    def _take_back(self, worker: _Worker, seen: float) -> None:
+        """Queues again what the worker has not begun, and now never will."""
+        if perf_counter() < seen:  # uvloop counts from the beginning of this turn of the loop
+            worker.revoking = self.loop.call_later(_SEEN, self._take_back, worker, seen)
+            return
+        begun = self._marks.begun(worker.slot)
+        if not worker.channel.catch_up():  # a large result is coming; those behind it can wait
+            worker.revoking = self.loop.call_later(_SEEN, self._take_back, worker, seen)
+            return
+        worker.revoking = None  # not before: a reply would bring jobs that *begun* says nothing of
+        if worker.state is not _BUSY or worker.number not in self._workers:
+            return  # it is dead, dying or given up, which settles its jobs
+        if self._queue_again(worker, begun) and not worker.jobs:
+            pass  # it is stopped, or has no CPU: until it has skipped the last, it gets no other
+        elif worker.jobs and worker.jobs[0].future.done():  # cancelled, and runs
+            self._kill(worker)
+        else:
+            for job in worker.jobs:  # one at most
+                worker.expected += _LONG - job.expected
+                job.expected = _LONG
+            self._refill(worker)
         self._dispatch()
+
+    def _queue_again(self, worker: _Worker, begun: int) -> int:
+        """Puts the jobs that the worker has not begun at the head of the queue; how many."""
+        before = len(worker.jobs)
+        while worker.jobs and worker.jobs[-1].order > begun:
+            self._requeue(worker, worker.jobs.pop())
+        return before - len(worker.jobs)
+
+    def _requeue(self, worker: _Worker, job: Job) -> None:
+        """Puts a job at the head of the queue that was the worker's."""
+        worker.expected -= job.expected
+        job.worker = None
+        if job.future.done():
+            job.call.close()
+        else:
+            self._queue[job.number] = job
+            self._queue.move_to_end(job.number, last=False)
+
+    def _stop_timers(self, worker: _Worker) -> None:
+        """Nothing of the worker goes on by itself any more."""
+        if worker.revoking is not None:
+            worker.revoking.cancel()
+            worker.revoking = None
+        self._stop_transfer(worker)
+        if worker.segments is not None:
+            worker.segments.close()
+
+    def _stop_transfer(self, worker: _Worker) -> None:
+        if worker.transfer is not None:
+            worker.transfer.cancel()
+            worker.transfer = None
 
     # --- starting workers ------------------------------------------------------------------------
 
-    def _should_start(self) -> bool:
-        if not self._queue or not self._slots or self._failed_starts >= _MOST_FAILED_STARTS:
-            return False
-        return self.count(_STARTING) < len(self._queue) and self.alive < self._plan.limit(self)
+    def _start_workers(self) -> None:
+        """Starts as many as there are jobs that wait, and may be."""
+        self._may_grow = True
+        while self._queue and self._failed_starts < _MOST_FAILED_STARTS:
+            if self.alive >= self._plan.limit(self) or not self._slots:
+                self._may_grow = False  # until a worker ends, or nothing waits
+                return
+            if self.count(_STARTING) >= len(self._queue):
+                return
+            self._start_worker()
+        if self._queue and not self.alive:
+            self._fail_queue()
 
     def _start_worker(self) -> None:
         try:
             control = self._connect()
             ours, theirs = socket.socketpair()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: ASYNCLAM_SEGMENTS makes no sense
             self._start_failed(error)
             return
         worker = _Worker(self._slots.pop())
         recipe = _forkserver.Recipe(worker.slot, self._plan.initializer, self._preload())
         start = _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=2)
         worker.channel = Channel(
-            self.loop, ours, partial(self._on_frame, worker), partial(self._on_end, worker)
+            self.loop, ours, partial(self._on_frames, worker), partial(self._on_end, worker)
         )
         self._workers[worker.number] = worker
         self._marks.clear(worker.slot)
         control.send(start, [theirs.fileno(), self._page], theirs.close)
 
     def _preload(self) -> tuple[str, ...]:
-        modules = {job.call.module for job in self._queue.values()} - {"__main__", ""}
+        modules = {job.call.module for job in self._queue.values()} - {""}
+        if "__main__" in modules:  # by value, and each worker would import this for itself
+            modules = modules - {"__main__"} | {"cloudpickle"}
         return tuple(sorted(modules))
 
     def _connect(self) -> Channel:
@@ -252,13 +550,16 @@ class Pool:
             server = _forkserver.ensure(self._plan.start_method)
             connection = server.connect()
         self._server = server
-        self._control = Channel(self.loop, connection, self._on_report, self._on_server_end)
+        self._control = Channel(
+            self.loop, connection, self._on_reports, self._on_server_end, thorough=True
+        )
         return self._control
 
     def _make_page(self) -> None:
         if self._page >= 0:
             return
-        page = _memory.create_segment(8 * _SLOTS)
+        _memory.are_payloads_streamed()  # reads the environment, once, where an error is expected
+        page = _memory.create_segment(Marks.SLOT * _SLOTS)
         try:
             self._marks = Marks(_memory.map_segment(page))
         except OSError:
@@ -283,34 +584,130 @@ class Pool:
 
     # --- what workers say ------------------------------------------------------------------------
 
-    def _on_frame(self, worker: _Worker, frame: _wire.Frame) -> None:
-        if frame.kind == _wire.READY and worker.state == _STARTING:
+    def _on_frames(self, worker: _Worker, frames: list[_wire.Frame]) -> None:
+        # The worker has its next jobs before these results are unpickled.
+        if len(frames) == 1:
+            frame = frames[0]
+            job = self._take(worker, frame)
+            if job is None:
+                return
+            if frame.private or frame.flags & _wire.PIECES:
+                self._receive(job, frame, worker.pid)
+            else:
+                job.receive(frame, worker.pid)
+            return
+        replies = []
+        worker.channel.hold()
+        for frame in frames:
+            if worker.channel.closed:  # because of the frame before
+                frame.close()
+                continue
+            job = self._take(worker, frame)
+            if job is not None:
+                replies.append((job, frame))
+        worker.channel.unhold()
+        self._settle_all(replies, worker.pid)
+
+    def _receive(self, job: Job, frame: _wire.Frame, pid: int | None) -> None:
+        if not (frame.private or frame.flags & _wire.PIECES):
+            job.receive(frame, pid)
+            return
+        work = self.rota.begin(self._receive_in_turns(job, frame, pid))
+        if not work.ended:
+            self._arriving[job.number] = job, work
+
+    def _receive_in_turns(
+        self, job: Job, frame: _wire.Frame, pid: int | None
+    ) -> Generator[None, None, None]:
+        try:
+            yield
+            yield from job.receive_steps(frame, pid)
+        finally:
+            frame.close()
+            self._arriving.pop(job.number, None)
+            self._advance_close()
+
+    def _take(self, worker: _Worker, frame: _wire.Frame) -> Job | None:
+        """The job that a frame is the outcome of; the worker has more to do then."""
+        jobs = worker.jobs
+        if not jobs or jobs[0].number != frame.number or frame.kind not in _OUTCOMES:
+            self._on_other(worker, frame)
+            return None
+        if frame.flags & _IN_MEMORY and not self._open(worker, frame):
+            return None
+        job = jobs.popleft()
+        job.worker = None
+        worker.expected -= job.expected
+        self.completed += 1
+        if job.call.kind is not None:
+            self._learn(job.call.kind, frame.elapsed)
+        self._refill(worker)
+        return job
+
+    def _settle_all(self, replies: list[tuple[Job, _wire.Frame]], pid: int | None) -> None:
+        replies.reverse()
+        try:
+            while replies:
+                job, frame = replies.pop()
+                self._receive(job, frame, pid)
+        finally:
+            if replies:  # unpickling raised KeyboardInterrupt, which ends this callback
+                replies.reverse()
+                self.loop.call_soon(self._settle_all, replies, pid)
+
+    def _open(self, worker: _Worker, frame: _wire.Frame) -> bool:
+        """Puts the payload in the place of its record; false if the worker is not to be believed."""
+        segments = self._segments_of(worker)
+        try:
+            if frame.flags & _wire.RELEASES:
+                frame.body = segments.noted(frame.body)
+            if frame.flags & _wire.SEGMENT:
+                opened = segments.incoming.open(frame.body, frame.descriptors)
+                frame.body, frame.private = opened
+        except _wire.ProtocolError as error:
+            frame.close()
+            self._on_end(worker, error)
+            return False
+        except OSError:  # at the limit of descriptors: this result is lost, and says so
+            frame.close()
+            frame.descriptors = None
+        return True
+
+    def _on_other(self, worker: _Worker, frame: _wire.Frame) -> None:
+        """All that is no result: beginnings, refusals, and what makes no sense."""
+        job = worker.jobs[0] if worker.jobs else None
+        if frame.flags & _IN_MEMORY and not self._open(worker, frame):
+            return
+        if frame.kind == _wire.READY and worker.state is _STARTING:
             worker.pid = int.from_bytes(frame.body, "little")
             self._failed_starts = 0
-            self._release(worker)
-        elif frame.kind == _wire.FAILED and worker.state == _STARTING:
+            self._refill(worker)
+            self._dispatch()
+        elif frame.kind == _wire.FAILED and worker.state is _STARTING:
             worker.pid = frame.number
             worker.cause = _raised.loads(frame.body, "the initializer", worker.pid)
-        elif worker.job is not None and worker.job.number == frame.number:
-            self._on_reply(worker, worker.job, frame)
+        elif frame.kind == _wire.SKIPPED and frame.number <= worker.sent:
+            if job is not None and job.order == frame.number:  # else it was taken back before
+                self._requeue(worker, worker.jobs.popleft())
+            elif job is not None or frame.number < worker.sent:
+                return
+            if worker.state is _BUSY:
+                self._refill(worker)
+                self._dispatch()
+        elif frame.kind == _wire.REFUSED and job is not None and job.number == frame.number:
+            self._on_refused(worker, job, bytes(frame.body).decode())
         else:
             frame.close()
             self._on_end(worker, _wire.ProtocolError(f"an unexpected frame of kind {frame.kind}"))
 
-    def _on_reply(self, worker: _Worker, job: Job, frame: _wire.Frame) -> None:
-        if frame.kind == _wire.REFUSED:
-            try:
-                job.call.turn_to_value(frame.body.decode())
-            except AsynclamError as error:
-                self._release(worker)
-                job.fail(error)
-            else:
-                self._give(worker, job)
-            return
-        # The worker has its next job before this result is unpickled.
-        pid = worker.pid
-        self._release(worker)
-        job.receive(frame, pid)
+    def _on_refused(self, worker: _Worker, job: Job, reason: str) -> None:
+        try:
+            job.call.turn_to_value(reason)
+        except AsynclamError as error:
+            job.fail(error)
+        self._requeue(worker, worker.jobs.popleft())
+        self._refill(worker)
+        self._dispatch()
 
     # --- how workers end -------------------------------------------------------------------------
 
@@ -318,9 +715,9 @@ class Pool:
         """The channel has ended, or cannot be trusted: the worker ends, too, if it has not."""
         if worker.number not in self._workers:
             return
-        if worker.state == _IDLE:
+        if worker.state is _IDLE:
             self._idle.remove(worker)
-        if worker.state != _STARTING:
+        if worker.state is not _STARTING:
             worker.state = _DYING
         if isinstance(reason, _wire.ProtocolError):
             worker.cause = reason
@@ -331,6 +728,10 @@ class Pool:
             self._tell_kill(worker)
             return
         self._bury(worker)
+
+    def _on_reports(self, frames: list[_wire.Frame]) -> None:
+        for frame in frames:
+            self._on_report(frame)
 
     def _on_report(self, frame: _wire.Frame) -> None:
         """The fork server tells how a worker ended, or that it could not be started."""
@@ -355,9 +756,11 @@ class Pool:
         _forkserver.discard(self._server)
         self._idle.clear()
         for worker in list(self._workers.values()):
-            worker.orphan = True
+            worker.orphan = worker.channel.thorough = True  # nobody else tells of its death now
             worker.channel.drain()
-            if worker.state != _BUSY and worker.number in self._workers:
+            if worker.state is not _BUSY and worker.number in self._workers:
+                if worker.state is _DYING:  # the KILL may not have been read
+                    _kill_orphan(worker)
                 self._bury(worker)
         self._dispatch()
 
@@ -367,29 +770,36 @@ class Pool:
         del self._workers[worker.number]
         if worker in self._idle:
             self._idle.remove(worker)
+        self._stop_timers(worker)
         begun = self._marks.begun(worker.slot)
         self._slots.append(worker.slot)
-        job, worker.job = worker.job, None
-        if worker.state == _STARTING:
+        if worker.state is _STARTING:
             self._start_failed(worker.cause or _death("nothing yet", worker))
-        elif job is not None:
+        elif worker.jobs:
             self.deaths += 1
-            self._settle(job, begun, worker)
+            self._settle(worker, begun)
         self._dispatch()
 
-    def _settle(self, job: Job, begun: int, worker: _Worker) -> None:
-        job.losses += 1
-        if begun == job.number or job.losses == _MOST_LOSSES:
+    def _settle(self, worker: _Worker, begun: int) -> None:
+        """Fails the job that a dead worker had begun; those after it run elsewhere."""
+        first = worker.jobs[0]
+        if first.order > begun:  # it had begun none of them
+            first.losses += 1
+            if first.losses == _MOST_LOSSES:
+                begun = first.order
+        self._queue_again(worker, begun)
+        for job in worker.jobs:
             error = _death(job.name, worker)
             error.__cause__ = worker.cause
             job.fail(error)
-        else:  # it had not begun: it runs elsewhere, and first
-            job.worker = None
-            self._queue[job.number] = job
-            self._queue.move_to_end(job.number, last=False)
+        worker.jobs.clear()
 
     def _kill(self, worker: _Worker) -> None:
         worker.state = _DYING
+        self._stop_timers(worker)
+        for job in worker.jobs:
+            job.call.close()
+        worker.jobs.clear()
         worker.channel.close()
         if worker.orphan:
             _kill_orphan(worker)
@@ -404,18 +814,26 @@ class Pool:
     # --- the end of the pool ---------------------------------------------------------------------
 
     def _advance_close(self) -> None:
-        if self._closing is None or self._killed or self._queue or self.count(_BUSY):
+        if self._closing is None or self._killed or self._expected:
+            return
+        if self._queue or self._arriving or self.running:
             return
         if not self._workers:
             self.kill()  # nothing is left but the control connection
             return
         for worker in list(self._workers.values()):
-            if worker.state in (_STARTING, _IDLE):
+            if worker.state is not _DYING:
                 worker.state = _DYING
                 worker.channel.close()
         self._idle.clear()
         if self._last_call is None:
-            self._last_call = self.loop.call_later(_PATIENCE, self.kill)
+            self._last_call = self.loop.call_later(_PATIENCE, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        """Kills the workers that are still there, but no job whose result is being unpickled."""
+        self._last_call = None
+        if not self._arriving:  # else its end begins another second
+            self.kill()
 
     def _close_page(self) -> None:
         if self._page >= 0:

@@ -161,7 +161,7 @@ def _keepable(value: object) -> object:
         return f"<{type(value).__qualname__}>"
 
 
-def loads(body: bytearray, job: str, pid: int | None) -> BaseException:
+def loads(body: bytearray | memoryview, job: str, pid: int | None) -> BaseException:
     """In the loop process: the exception of a RAISED frame, with the worker's traceback shown.
 
     Where it cannot be rebuilt here, a PayloadError that names it. Never raises what comes of it.
@@ -185,7 +185,7 @@ def loads(body: bytearray, job: str, pid: int | None) -> BaseException:
     return error
 
 
-def _rebuild(data: bytearray) -> BaseException:
+def _rebuild(data: bytearray | memoryview) -> BaseException:
     error = pickle.loads(data)
     if not isinstance(error, BaseException):
         raise pickle.UnpicklingError(f"it became a {type(error).__name__}")

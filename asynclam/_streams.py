@@ -1,15 +1,21 @@
 """Streams: many calls with bounded read-ahead, ordered or not, over any kind of future.
 
-A stream knows how to start the work on one batch of items: ``start(batch)`` returns a future, and
-cancelling that future cancels the work. What stands behind it, a worker or a coroutine, it does not
-know.
+A stream knows how to start the work on one chunk of items: ``start(chunk, first)`` returns a
+future, and cancelling that future cancels the work. What stands behind it, a worker or a coroutine,
+it does not know. How long the chunks are, others decide (``_chunks``).
 
-Theory of operation. One task, the pump, reads the source and starts work while fewer than ``limit``
-items are between the source and the consumer; so nothing is read that could not be delivered, and a
-slow consumer slows the source. The consumer takes futures as they are done, in the order asked for.
-The first error ends the stream: the pump and what is under way are cancelled and awaited, the source
-is closed, then the error is raised. The engine knows nothing of the handle that the user has, so
-that a handle that is dropped is noticed and the rest cancelled.
+Theory of operation. One task, the pump, reads the source and starts chunks while there is room
+between the source and the consumer; so nothing is read that could not be delivered, and a slow
+consumer slows the source. What is read is collected until it makes a chunk. A source that makes the
+pump wait does not make workers wait: while some are hungry, what is collected goes at the next turn
+of the loop, and when a chunk is done. So it is never the pump alone that starts work, and nobody
+has to interrupt it while it awaits the source.
+
+The consumer takes futures as they are done, in the order asked for. The first error ends the
+stream: the pump and what is under way are cancelled and awaited, the source is closed, then the
+error is raised. The engine knows nothing of the handle that the user has, so that a handle that is
+dropped is noticed and the rest cancelled. They share the results that are there and not yet taken:
+they count as read.
 """
 
 from __future__ import annotations
@@ -17,21 +23,16 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-)
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Sequence
 from functools import partial
+from itertools import chain
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from . import _call
-from ._errors import JobExitError
+from ._chunks import FixedLength, Lengths
+from ._errors import JobExitError, PayloadError
+from ._sources import TURN, AnyIterable, Source
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,60 +40,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 T = TypeVar("T")
-AnyIterable = Iterable[Any] | AsyncIterable[Any]
-Batch = list[tuple[Any, ...]]
-Future = asyncio.Future[list[Any]]  # of the results of one batch
-Start = Callable[[Batch], Future]
+Chunk = Sequence[Any]  # of items; of several iterables, of tuples of one item of each
+Future = asyncio.Future[list[Any]]  # of the results of one chunk
+Start = Callable[[Chunk, int], Future]  # given the chunk, and the index of its first item
 
-
-async def batched(iterables: tuple[AnyIterable, ...], size: int) -> AsyncGenerator[Batch, None]:
-    """Lists of ``size`` argument tuples (the last may be shorter), one item of each iterable a tuple."""
-    source = zipped(iterables)
-    batch: Batch = []
-    try:
-        async for items in source:
-            batch.append(items)
-            if len(batch) == size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-    finally:
-        await source.aclose()
-
-
-async def zipped(iterables: tuple[AnyIterable, ...]) -> AsyncGenerator[tuple[Any, ...], None]:
-    """Tuples of one item of each iterable, until the shortest ends; closes those that can be closed."""
-    async with AsyncExitStack() as stack:
-        iterators = []
-        for iterable in iterables:
-            iterators.append(_iterator(iterable))
-            stack.push_async_callback(_close, iterators[-1])
-        while True:
-            try:
-                items = tuple([await _next(iterator) for iterator in iterators])
-            except StopAsyncIteration:
-                return
-            yield items
-
-
-async def _next(iterator: Any) -> Any:
-    if isinstance(iterator, AsyncIterator):
-        return await anext(iterator)
-    for item in iterator:  # a StopIteration cannot leave a coroutine
-        return item
-    raise StopAsyncIteration
-
-
-def _iterator(iterable: AnyIterable) -> Any:
-    return aiter(iterable) if isinstance(iterable, AsyncIterable) else iter(iterable)
-
-
-async def _close(iterator: Any) -> None:
-    if hasattr(iterator, "aclose"):
-        await iterator.aclose()
-    elif isinstance(iterator, Generator):
-        iterator.close()
+_GLANCE = 16  # results that are taken between two looks at the clock
 
 
 class Stream(Generic[T]):
@@ -112,36 +64,43 @@ class Stream(Generic[T]):
         name: str,
         iterables: tuple[AnyIterable, ...],
         start: Start,
-        limit: int,
+        lengths: Lengths,
         *,
-        size: int = 1,
         ordered: bool,
         return_exceptions: bool,
     ) -> None:
         self._name = name
         self._ordered = ordered
+        self._results: deque[T] = deque()  # of the chunk that is being delivered
         self._new_engine = partial(
-            _Engine, iterables, start, limit, size=size, return_exceptions=return_exceptions
+            _Engine, iterables, start, lengths, self._results, return_exceptions=return_exceptions
         )
         self._engine: _Engine | None = None
         self._closed = False
-        self._results: deque[T] = deque()  # of the batch that is being delivered
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T:
+        results = self._results
+        if not results:
+            await self._refill()
+        result = results.popleft()
+        left = len(results)
+        # Per item no more than this: neither a call nor the clock.
+        if left <= self._engine.room_at or not left % _GLANCE:  # type: ignore[union-attr]
+            await self._engine.taken()  # type: ignore[union-attr]
+        return result
+
+    async def _refill(self) -> None:
         if self._closed:
             raise StopAsyncIteration
         engine = self._engine or self._begin(ordered=self._ordered)
         while not self._results:
-            batch = await engine.next()
-            if batch is None:
+            chunk = await engine.next()
+            if chunk is None:
                 raise StopAsyncIteration
-            self._results.extend(batch[1])
-        result = self._results.popleft()
-        engine.delivered()
-        return result
+            self._results.extend(chunk[1])
 
     def __await__(self) -> Generator[Any, None, list[T]]:
         return self.list().__await__()
@@ -151,14 +110,13 @@ class Stream(Generic[T]):
         if self._engine or self._closed:
             raise RuntimeError(f"this {self._name}() stream was used already; make another one")
         engine = self._begin(ordered=False)
-        batches: dict[int, list[T]] = {}
+        chunks: dict[int, list[T]] = {}
         try:
-            while (batch := await engine.next()) is not None:
-                batches[batch[0]] = batch[1]
-                engine.delivered(len(batch[1]))
+            while (chunk := await engine.next()) is not None:
+                chunks[chunk[0]] = chunk[1]
         finally:
             await engine.close()
-        return [result for index in sorted(batches) for result in batches[index]]
+        return list(chain.from_iterable(chunks[first] for first in sorted(chunks)))
 
     def _begin(self, *, ordered: bool) -> _Engine:
         self._engine = self._new_engine(ordered=ordered)
@@ -208,32 +166,42 @@ class _Engine:
         self,
         iterables: tuple[AnyIterable, ...],
         start: Start,
-        limit: int,
+        lengths: Lengths,
+        results: deque[Any],
         *,
-        size: int,
         ordered: bool,
         return_exceptions: bool,
     ) -> None:
-        self._source = batched(iterables, size)
+        self._source = Source(iterables)
         self._start = start
-        self._most_open = limit - size  # before another batch is read
+        self._lengths = lengths
         self._ordered = ordered
         self._return_exceptions = return_exceptions
         self._loop = asyncio.get_running_loop()
-        self._open = 0  # items read and not delivered
+        self._collected: list[Any] = []  # items read and not started
+        self._started = 0  # items, since the beginning
+        self._open = 0  # of those, items whose chunk the consumer does not have
+        self._results = results  # the rest of a chunk that it has
+        self.room_at = -1  # how few of these make the room that the pump waits for
         self._room = asyncio.Event()
-        self._running: dict[Future, tuple[int, int]] = {}  # index and length of the batch, in order
+        self._flush_is_due = False
+        self._under_way = 0  # chunks that have not ended
+        self._running: dict[Future, tuple[int, int]] = {}  # first item and length, in order
         self._done: deque[Future] = deque()  # as they ended, if that is the order wanted
         self._exhausted = False
         self._failure: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._cleanup_error: BaseException | None = None
+        self._turn = perf_counter()  # when the consumer last let others run
         self.ended = False
         self._pump = self._loop.create_task(self._read_source())
+
+    # --- from the source to work -----------------------------------------------------------------
 
     async def _read_source(self) -> None:
         try:
             try:
+                self._source.open()
                 await self._start_all()
             finally:
                 await self._source.aclose()
@@ -251,39 +219,127 @@ class _Engine:
             self._wake()
 
     async def _start_all(self) -> None:
-        index = 0
-        await self._wait_for_room()
-        async for batch in self._source:
-            future = self._started(batch)
-            self._open += len(batch)
-            self._running[future] = index, len(batch)
-            future.add_done_callback(self._on_done)
-            index += 1
-            await self._wait_for_room()
+        source, lengths = self._source, self._lengths
+        turn = perf_counter()
+        while self._failure is None:
+            if perf_counter() - turn > TURN:
+                self._flush()
+                await asyncio.sleep(0)
+                turn = perf_counter()
+            length = lengths.next(source.read, source.remaining)
+            if source.exhausted:
+                length = min(length, len(self._collected))
+                if not length:
+                    return
+            if not self._has_room(length):
+                await self._wait_for_room(length)
+            elif len(self._collected) >= length:
+                self._send(length)
+            elif source.is_async:
+                await self._read_on(length - len(self._collected))
+                self._flush_soon()
+            else:
+                items = source.items(length - len(self._collected))
+                if not lengths.shortened_by(items) and len(items) == length:
+                    self._launch(items)  # as it is
+                else:
+                    self._collected += items
+                    self._flush_soon()
 
-    def _started(self, batch: Batch) -> Future:
+    async def _read_on(self, most: int) -> None:
+        """Collects what an async source has, until it makes us wait: then others may be hungry."""
+        source = self._source
+        end = perf_counter() + TURN
+        self._flush_at_the_next_turn()
+        for _ in range(most):
+            try:
+                item = await source.next()
+            except StopAsyncIteration:
+                source.exhausted = True
+                break
+            source.read += 1
+            self._collected.append(item)  # there meanwhile may be another list
+            if not self._flush_is_due or perf_counter() > end:
+                break
+        self._lengths.shortened_by(self._collected)
+
+    def _has_room(self, length: int) -> bool:
+        return len(self._results) <= self._room_for(length)
+
+    def _room_for(self, length: int) -> int:
+        """How few results the consumer may have left, so that a chunk of that length may start."""
+        return self._lengths.limit(length) - length - self._open
+
+    async def _wait_for_room(self, length: int) -> None:
+        self._flush()  # there is room for what is collected
+        if not self._has_room(length):
+            self.room_at = self._room_for(length)
+            self._room.clear()
+            await self._room.wait()
+            self.room_at = -1
+
+    def _flush_soon(self) -> None:
+        """Sends what is collected while somebody is hungry, if the source makes us wait."""
+        if self._lengths.share(len(self._collected), self._under_way):
+            self._flush_at_the_next_turn()
+
+    def _flush_at_the_next_turn(self) -> None:
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._flush_is_due = False
+        self._flush()
+
+    def _flush(self) -> None:
+        """Sends what is collected while workers are hungry, though it makes no whole chunk."""
         try:
-            return self._start(batch)
-        except Exception as error:  # an item that cannot be pickled
+            while self._failure is None and not self.ended:
+                length = self._lengths.share(len(self._collected), self._under_way)
+                if not length:
+                    return
+                self._send(length)
+        except Exception as error:
+            self._fail(error)
+
+    def _send(self, length: int) -> None:
+        chunk, self._collected = self._collected, []
+        if length < len(chunk):
+            chunk, self._collected = chunk[:length], chunk[length:]
+        self._launch(chunk)
+
+    def _launch(self, chunk: Chunk) -> None:
+        try:
+            future = self._start(chunk, self._started)
+        except Exception as error:
+            if isinstance(error, PayloadError) and len(chunk) > 1:
+                # One item, or too much of them together: its neighbours can be sent.
+                middle = len(chunk) // 2
+                self._launch(chunk[:middle])
+                self._launch(chunk[middle:])
+                return
             if not self._return_exceptions:
                 raise
             future = self._loop.create_future()
             future.set_exception(error)
-            return future
-
-    async def _wait_for_room(self) -> None:
-        while self._open > self._most_open:
-            self._room.clear()
-            await self._room.wait()
+        self._running[future] = self._started, len(chunk)
+        self._started += len(chunk)
+        self._open += len(chunk)
+        self._under_way += 1
+        future.add_done_callback(self._on_done)
 
     def _on_done(self, future: Future) -> None:
         error = _error_of(future)  # seen, so that nothing is logged of it
         if self.ended:
             return
+        self._under_way -= 1
         if error is not None and not self._return_exceptions:
             self._fail(error)
         if not self._ordered:
             self._done.append(future)
+        self._flush()
+        self._room.set()  # chunks may be longer now
         self._wake()
 
     def _fail(self, error: BaseException) -> None:
@@ -293,12 +349,14 @@ class _Engine:
             self._failure = error
         self._wake()
 
+    # --- from work to the consumer ---------------------------------------------------------------
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def next(self) -> tuple[int, list[Any]] | None:
-        """The next batch with its index, or ``None`` after the last."""
+        """The next chunk of results with the index of its first, or ``None`` after the last."""
         if self._waiter is not None:
             raise RuntimeError("two tasks read one stream; give each a stream of its own")
         if self.ended:
@@ -320,9 +378,11 @@ class _Engine:
         return None
 
     def _outcome(self, future: Future) -> tuple[int, list[Any]]:
-        index, length = self._running.pop(future)
+        first, length = self._running.pop(future)
+        self._open -= length
+        self._room.set()  # in case that nobody puts them into the results
         error = _error_of(future)
-        return index, future.result() if error is None else [error] * length
+        return first, future.result() if error is None else [error] * length
 
     def _ready(self) -> Future | None:
         if self._ordered:
@@ -336,13 +396,17 @@ class _Engine:
             await self._waiter
         finally:
             self._waiter = None
+            self._turn = perf_counter()
         if self.ended:
             raise RuntimeError("this stream was closed while it was read")
 
-    def delivered(self, count: int = 1) -> None:
-        """Makes room: the consumer has taken so many results."""
-        self._open -= count
-        self._room.set()
+    async def taken(self) -> None:
+        """The consumer has taken results: makes room, and lets others run after a while."""
+        if len(self._results) <= self.room_at:
+            self._room.set()
+        if perf_counter() - self._turn > TURN:
+            await asyncio.sleep(0)
+            self._turn = perf_counter()
 
     async def close(self) -> None:
         """Cancels the pump and what is under way, and waits until they have ended.
@@ -351,9 +415,9 @@ class _Engine:
             Exception: what the source raised when it was closed.
         """
         self._end()
-        under_way = self._under_way()
-        if under_way:
-            await asyncio.wait(under_way)
+        pending = self._pending()
+        if pending:
+            await asyncio.wait(pending)
         self._running.clear()
         self._done.clear()
         error, self._cleanup_error = self._cleanup_error, None
@@ -364,11 +428,12 @@ class _Engine:
         if self.ended:
             return  # cancelled once is enough: the source may await in its finally block
         self.ended = True
+        self._collected = []
         self._wake()
-        for future in self._under_way():
+        for future in self._pending():
             future.cancel()
 
-    def _under_way(self) -> list[asyncio.Future[Any]]:
+    def _pending(self) -> list[asyncio.Future[Any]]:
         candidates: list[asyncio.Future[Any]] = [self._pump, *self._running]
         return [future for future in candidates if not future.done()]
 
@@ -445,23 +510,27 @@ def map_io(
     return Stream(
         "map_io",
         iterables,
-        partial(_start_task, fn),
-        at_least_one("limit", limit),
+        partial(_start_task, fn if len(iterables) == 1 else partial(_spread, fn)),
+        FixedLength(1, at_least_one("limit", limit)),
         ordered=ordered,
         return_exceptions=return_exceptions,
     )
 
 
-def _start_task(fn: Callable[..., Awaitable[Any]], batch: Batch) -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().create_task(_await_all(fn, batch))
+def _spread(fn: Callable[..., T], items: tuple[Any, ...]) -> T:
+    return fn(*items)
 
 
-async def _await_all(fn: Callable[..., Awaitable[Any]], batch: Batch) -> list[Any]:
-    return [await _awaitable(fn, args) for args in batch]
+def _start_task(fn: Callable[[Any], Awaitable[Any]], chunk: Chunk, _: int) -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_task(_await_all(fn, chunk))
 
 
-def _awaitable(fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Awaitable[Any]:
-    awaitable = fn(*args)
+async def _await_all(fn: Callable[[Any], Awaitable[Any]], chunk: Chunk) -> list[Any]:
+    return [await _awaitable(fn, item) for item in chunk]
+
+
+def _awaitable(fn: Callable[[Any], Awaitable[Any]], item: Any) -> Awaitable[Any]:
+    awaitable = fn(item)
     if not isinstance(awaitable, Awaitable):
         name = _call.name_of(fn)
         raise TypeError(

@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Sequence
 
 HEADER = struct.Struct("<HBBIQQ")
+_HEADER_SIZE, _unpack = HEADER.size, HEADER.unpack_from  # names that are looked up once a frame
 MAGIC = 0xA57C
-MAX_DESCRIPTORS = 250  # of a frame; the kernel takes 253 a send (SCM_MAX_FD)
+MAX_DESCRIPTORS = 251  # of a frame; the kernel takes 253 a send (SCM_MAX_FD)
 MAX_LENGTH = 1 << 40  # bytes of a body: what is longer is garbage, not a frame
 
 # Kinds, loop process to worker
@@ -31,22 +32,36 @@ READY = 2  # initialised; the body is its pid
 RESULT = 3  # the job returned
 RAISED = 4  # the job raised, or its call or result could not be (un)pickled
 REFUSED = 5  # the call names something that this worker does not know; nothing has run
-FAILED = 6  # the initializer raised; the worker ends
+SKIPPED = 6  # the job was revoked before it began; number: its place in the order of jobs
+FAILED = 7  # the initializer raised; the worker ends
 # loop process to fork server
-START = 7  # fork a worker; descriptors: its end of the channel, the page of marks
-KILL = 8  # SIGKILL to the worker and its process group
+START = 8  # fork a worker; descriptors: its end of the channel, the page of marks
+KILL = 9  # SIGKILL to the worker and its process group
 # fork server to loop process
-EXITED = 9  # the worker ended; the body is its wait status
-NOT_STARTED = 10  # fork failed; the body is errno
+EXITED = 10  # the worker ended; the body is its wait status
+NOT_STARTED = 11  # fork failed; the body is errno
 
 _KINDS = range(JOB, NOT_STARTED + 1)
 
 # Flags of a JOB
 CHUNK = 1  # the arguments are a list of calls, the result is the list of their results
 KEEP_ERRORS = 2  # in a chunk, an exception is the result of its item
+ITEMS = 16  # in a chunk, calls have one argument each: they are a list of these
 BY_VALUE = 4  # the second try of a refused call: nothing is left to fall back on
 # Flags of any frame with a payload
 BUFFERS = 8  # the payload has out-of-band buffers
+SEGMENT = 32  # the payload is in a segment, and a record in its place says in which
+RELEASES = 64  # the body begins with notes on segments
+PIECES = 128  # the payload is pickled in pieces, and out-of-band buffers may be objects
+# Above the flags, a reply says how long the job has run, in microseconds; the field is u32.
+_ELAPSED = 8  # bits of flags below it
+_MOST_ELAPSED = (1 << 32 - _ELAPSED) - 1  # microseconds, 16.8 seconds: what is longer says so much
+
+
+def elapsed_flags(nanoseconds: int) -> int:
+    """The flags that tell a run time."""
+    return min(nanoseconds // 1000, _MOST_ELAPSED) << _ELAPSED
+
 
 Part = bytes | bytearray | memoryview
 
@@ -62,21 +77,38 @@ class ProtocolError(Exception):
 
 
 class Frame:
-    """One message. ``descriptors`` is ``None`` if the kernel could not deliver them."""
+    """One message.
 
-    __slots__ = ("body", "descriptors", "flags", "kind", "number")
+    Attributes:
+        descriptors: those that belong to it; ``None`` if the kernel could not deliver them.
+        private: whether nothing that is unpickled may look into the body.
+    """
+
+    __slots__ = ("body", "descriptors", "flags", "kind", "number", "private")
 
     def __init__(
-        self, kind: int, flags: int, number: int, body: bytearray, descriptors: list[int] | None
+        self,
+        kind: int,
+        flags: int,
+        number: int,
+        body: bytearray | memoryview,
+        descriptors: list[int] | None,
     ) -> None:
         self.kind, self.flags, self.number = kind, flags, number
         self.body = body
         self.descriptors = descriptors
+        self.private = False
+
+    @property
+    def elapsed(self) -> int:
+        """How long the job of this reply has run, in microseconds (16.8 seconds at most)."""
+        return self.flags >> _ELAPSED
 
     def close(self) -> None:
         """Closes the descriptors that nobody has taken over (those that are not -1)."""
-        close_descriptors(self.descriptors or ())
-        self.descriptors = []
+        if self.descriptors:
+            close_descriptors(self.descriptors)
+            self.descriptors = []
 
 
 def close_descriptors(descriptors: Sequence[int]) -> None:
@@ -98,10 +130,15 @@ def encode(
             f"a frame carries {MAX_DESCRIPTORS} descriptors at most, not {descriptors}"
         )
     length = sum(map(len, parts))
-    head = [HEADER.pack(MAGIC, kind, descriptors, flags, length, number)]
+    head = HEADER.pack(MAGIC, kind, descriptors, flags, length, number)
     if length <= _JOIN:
-        return [b"".join([*head, *parts])]
-    return [*head, *parts]
+        return [b"".join((head, *parts))]
+    return [head, *parts]
+
+
+def encode_small(kind: int, number: int, body: bytes, flags: int) -> bytes:
+    """The same for a body in one piece that is small, without descriptors, as one buffer."""
+    return HEADER.pack(MAGIC, kind, 0, flags, len(body), number) + body
 
 
 _JOIN = 64 * 1024  # bytes: below it one copy is cheaper than another buffer in the send
@@ -136,7 +173,8 @@ class Decoder:
             return memoryview(self._large.body)[self._filled :]
         if self._start == self._end:
             self._start = self._end = 0
-        elif self._end == len(self._scratch):
+            return self._view
+        if self._end == len(self._scratch):
             self._compact()
         return self._view[self._end :]
 
@@ -175,40 +213,40 @@ class Decoder:
                 frames.append(self._large)
                 self._large = None
             return frames
+        if self._end == 0 and nbytes >= _HEADER_SIZE:
+            # Nearly always: one small frame, and nothing else.
+            magic, kind, count, flags, length, number = _unpack(self._scratch)
+            if length == nbytes - _HEADER_SIZE and not count and magic == MAGIC and kind in _KINDS:
+                return [Frame(kind, flags, number, self._scratch[_HEADER_SIZE:nbytes], [])]
         self._end += nbytes
         try:
-            while (frame := self._next_small()) is not None:
-                frames.append(frame)
+            self._parse(frames)
         except ProtocolError as error:
             error.frames = tuple(frames)
             raise
         return frames
 
-    def _next_small(self) -> Frame | None:
-        available = self._end - self._start
-        if self._large is not None or available < HEADER.size:
-            return None
-        magic, kind, count, flags, length, number = HEADER.unpack_from(self._scratch, self._start)
-        if magic != MAGIC or kind not in _KINDS or length > MAX_LENGTH or count > MAX_DESCRIPTORS:
-            raise ProtocolError(
-                f"{bytes(self._view[self._start : self._start + 16])!r} is not the start of a frame"
-            )
-        body_start = self._start + HEADER.size
-        if available < HEADER.size + length:
-            if length > _JOIN:
-                self._begin_large(Frame(kind, flags, number, bytearray(), None), length, count)
-            return None
-        descriptors = self._take_descriptors(count)
-        self._start = body_start + length
-        body = self._scratch[body_start : self._start]
-        return Frame(kind, flags, number, body, descriptors)
+    def _parse(self, frames: list[Frame]) -> None:
+        scratch, start, end = self._scratch, self._start, self._end
+        while end - start >= _HEADER_SIZE:
+            magic, kind, count, flags, length, number = _unpack(scratch, start)
+            if magic != MAGIC or kind not in _KINDS or length > MAX_LENGTH:
+                raise ProtocolError(f"{scratch[start : start + 16]!r} is not the start of a frame")
+            body = start + _HEADER_SIZE
+            if body + length > end:
+                if length > _JOIN:
+                    self._begin_large(Frame(kind, flags, number, bytearray(), None), length, count)
+                return
+            descriptors = self._take_descriptors(count) if count else []
+            self._start = start = body + length
+            frames.append(Frame(kind, flags, number, scratch[body:start], descriptors))
 
     def _begin_large(self, frame: Frame, length: int, count: int) -> None:
         try:
             frame.body = bytearray(length)
         except MemoryError:
             raise ProtocolError(f"no memory for a frame of {length:,} bytes") from None
-        frame.descriptors = self._take_descriptors(count)
+        frame.descriptors = self._take_descriptors(count) if count else []
         here = self._view[self._start + HEADER.size : self._end]
         frame.body[: len(here)] = here
         self._filled = len(here)
@@ -216,8 +254,6 @@ class Decoder:
         self._large = frame
 
     def _take_descriptors(self, count: int) -> list[int] | None:
-        if not count:
-            return []
         frame_start = self._position - (self._end - self._start)
         if frame_start in self._lost:
             return None

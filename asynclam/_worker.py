@@ -2,8 +2,9 @@
 
 Theory of operation. A worker owns one descriptor, its end of the channel, and may block on it in
 both directions: the loop process never blocks, so a full buffer always drains. It writes nothing
-but replies, in the order of the jobs. Before a job's own code runs, its number goes to the shared
-page of marks: whoever finds the worker dead reads there whether that job had begun.
+but replies, in the order of the jobs, of which several may wait in the channel. Before a job's own
+code runs, its place in that order goes to the shared page of marks: whoever finds the worker dead
+reads there whether that job had begun. A job that was revoked on that page is skipped.
 
 End of file means that the loop process has closed the channel or is gone: the worker ends at once,
 with ``os._exit``, so that nothing of what it inherited is finalised twice. A broken pipe while it
@@ -13,37 +14,58 @@ replies means the same.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
+from time import perf_counter_ns
 from typing import Any, NoReturn
 
-from . import _call, _descriptors, _payload, _raised, _wire
+from . import _call, _descriptors, _payload, _raised, _steps, _wire
 from ._errors import INTERNAL_ERROR, PayloadError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from . import _segments  # imported where it is used: most jobs do not need it
 
 
 class Marks:
-    """The page that a pool shares with its workers: which job each of them has begun last.
+    """The page that a pool shares with its workers: which job each has begun, and which it must not.
 
-    One slot of 8 bytes a worker, written by it and read by the loop process, also when the worker
-    is dead. A store takes some 80 ns; a frame that said the same would take a system call.
+    Jobs are named by their order on the worker's channel, from 1. A worker has two numbers of 8
+    bytes: *begun*, written by it and read by the loop process, also when the worker is dead; and
+    *revoked*, the other way round: no job up to that one may begin any more. A store takes some 80
+    ns; a frame that said the same would take a system call.
+
+    A worker writes *begun* before it reads *revoked*, the loop process reads *begun* long after it
+    has written *revoked* (a store is visible to the other core within a microsecond). So when the
+    loop process finds that a job has not begun, it never will; when it finds that it has, the
+    worker's reply says whether it was run or skipped.
     """
 
-    def __init__(self, memory: memoryview) -> None:
-        self._slots = memory.cast("Q")
+    SLOT = 16  # bytes of the page for each worker
 
-    def begin(self, slot: int, number: int) -> None:
-        """Notes that the job's code runs from here on."""
-        self._slots[slot] = number
+    def __init__(self, memory: memoryview) -> None:
+        self._numbers = memory.cast("Q")
+
+    def begin(self, slot: int, order: int) -> bool:
+        """Notes that the job's code runs from here on; false if it must not."""
+        numbers, slot = self._numbers, 2 * slot
+        numbers[slot] = order
+        return order > numbers[slot + 1]
 
     def begun(self, slot: int) -> int:
-        """Number of the job that was begun last; 0 if there was none."""
-        return self._slots[slot]
+        """The job that was begun last, or was to be begun and was skipped; 0 if there was none."""
+        return self._numbers[2 * slot]
+
+    def revoke(self, slot: int, order: int) -> None:
+        """Forbids the worker to begin the jobs up to this one; that it has begun goes on."""
+        self._numbers[2 * slot + 1] = order
 
     def clear(self, slot: int) -> None:
         """Prepares the slot for another worker."""
-        self._slots[slot] = 0
+        self._numbers[2 * slot] = self._numbers[2 * slot + 1] = 0
 
 
 class Worker:
@@ -51,11 +73,12 @@ class Worker:
 
     Args:
         channel: its end of the channel, blocking.
-        begin: notes that a job begins, given its number.
+        begin: notes that a job begins, given its order; says whether it may.
     """
 
-    def __init__(self, channel: socket.socket, begin: Callable[[int], None]) -> None:
+    def __init__(self, channel: socket.socket, begin: Callable[[int], bool]) -> None:
         self._channel = channel
+        self._segments: _segments.End | None = None  # once there is one
         self._begin = begin
         self._pid = os.getpid()
 
@@ -63,6 +86,7 @@ class Worker:
         """Runs jobs until end of file. Never returns: the frames below are the fork server's."""
         code = 0
         try:
+            note_forks()
             if self._initialize(initializer):
                 self._reply(_wire.READY, 0, [self._pid.to_bytes(8, "little")])
                 self._serve()
@@ -81,24 +105,27 @@ class Worker:
         except BaseException as error:
             self._reply(_wire.FAILED, self._pid, [_raised.dumps(error, skip=1)])
             return False
+        exit_if_forked()
         return True
 
     def _serve(self) -> None:
-        for frame in frames(self._channel):
-            reply = run(frame, self._begin)
-            frame.close()
+        for order, frame in enumerate(frames(self._channel), 1):
+            if frame.flags & _wire.RELEASES:
+                frame.body = self._end().noted(frame.body)
+            if not self._begin(order):  # before unpickling: that is users' code, too
+                frame.close()
+                self._reply(_wire.SKIPPED, order, ())
+                continue
+            reply = run(frame, self._open)
+            if frame.descriptors:
+                frame.close()
             # A late result would hold the memory of this job while the next one is waited for.
             del frame
-            self._exit_if_forked()
+            if _is_forked:
+                exit_if_forked()
             flush()
             self._reply(*reply)
             del reply
-
-    def _exit_if_forked(self) -> None:
-        # A job called os.fork() and returned in both processes: the child is no worker.
-        if os.getpid() != self._pid:
-            flush()
-            os._exit(0)
 
     def _reply(
         self,
@@ -108,11 +135,62 @@ class Worker:
         flags: int = 0,
         payload: _payload.Payload | None = None,
     ) -> None:
-        descriptors = payload.descriptors if payload else []
+        if self._segments is None and payload is None and len(parts) == 1:
+            data = _wire.encode_small(kind, number, parts[0], flags)  # type: ignore[arg-type]
+            self._channel.sendall(data, _descriptors.NOSIGNAL)
+            return
+        lease, descriptors = None, payload.descriptors if payload else []
+        if payload and (size := _payload.size_of(payload.parts)) >= _payload.LEAST_IN_SEGMENT:
+            lease = self._end().outgoing.acquire(size)
+        if payload and lease:
+            from . import _segments
+
+            for _ in _segments.copy_in(lease.view, payload.parts):
+                pass  # a worker may take its time
+            payload.parts.clear()  # they may look into the segment of the arguments
+            parts, flags = [lease.record], flags | _wire.SEGMENT
+            descriptors = descriptors + lease.descriptors
+        notes = self._segments.notes() if self._segments else b""
+        if notes:
+            parts, flags = [notes, *parts], flags | _wire.RELEASES
         buffers = _wire.encode(kind, number, parts, flags=flags, descriptors=len(descriptors))
         send_all(self._channel, buffers, descriptors)
+        if lease:
+            self._end().outgoing.sent(lease)
         if payload:
             payload.close()
+
+    def _end(self) -> _segments.End:
+        from . import _segments
+
+        if self._segments is None:
+            self._segments = _segments.End(_segments.Share(parts=os.cpu_count() or 1))
+        return self._segments
+
+    def _open(self, frame: _wire.Frame) -> None:
+        """Puts the payload in the place of its record."""
+        opened = self._end().incoming.open(frame.body, frame.descriptors)
+        frame.body, frame.private = opened
+
+
+_is_forked = False  # whether this process was forked from a worker by what it ran
+
+
+def note_forks() -> None:
+    """From here on, a process that is forked from this one is told apart from it."""
+    os.register_at_fork(after_in_child=_set_forked)
+
+
+def _set_forked() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+def exit_if_forked() -> None:
+    """Ends a child whose code called os.fork() and returned in both processes: it is no worker."""
+    if _is_forked:
+        flush()
+        os._exit(0)
 
 
 def frames(channel: socket.socket) -> Iterator[_wire.Frame]:
@@ -141,6 +219,9 @@ def send_all(
     Raises:
         OSError: nobody is there to read it.
     """
+    if len(buffers) == 1 and not descriptors:
+        channel.sendall(buffers[0], _descriptors.NOSIGNAL)
+        return
     rest = [memoryview(buffer) for buffer in buffers]
     while rest:
         sent = _descriptors.send(channel, rest, descriptors)
@@ -159,62 +240,91 @@ def after(buffers: list[memoryview], sent: int) -> list[memoryview]:
 
 Reply = tuple[Any, ...]  # the arguments of Worker._reply
 
+# run(), _run_chunk(), and its comprehension where that has a frame (PEP 709 has inlined it)
+_FRAMES_OF_A_CHUNK = 2 if sys.version_info >= (3, 12) else 3
 
-def run(frame: _wire.Frame, begin: Callable[[int], None]) -> Reply:
+
+def run(frame: _wire.Frame, open_segment: _call.Open | None = None) -> Reply:
     """Runs one job; whatever happens in it becomes the reply."""
     number = frame.number
-    begin(number)  # unpickling and importing are users' code, too
+    begun = perf_counter_ns()
     try:
-        fn, args, kwargs = _call.receive(frame)
+        fn, args, kwargs = _call.receive(frame, open_segment)
     except _call.UnknownNameError as error:
-        return _wire.REFUSED, number, [str(error).encode()]
+        return _wire.REFUSED, number, [str(error).encode()], 0, None
     except PayloadError as error:
-        return _wire.RAISED, number, [_raised.dumps(error)]
+        return _wire.RAISED, number, [_raised.dumps(error)], _elapsed_since(begun), None
     try:
         if frame.flags & _wire.CHUNK:
-            result = Context().run(_run_chunk, fn, args, bool(frame.flags & _wire.KEEP_ERRORS))
+            result = Context().run(_run_chunk, fn, args, frame.flags)
         else:
             result = Context().run(fn, *args, **kwargs)
     except BaseException as error:
-        skip = 2 if frame.flags & _wire.CHUNK else 1
-        return _wire.RAISED, number, [_raised.dumps(error, skip=skip)]
-    return _result(frame, result, fn)
+        skip = _FRAMES_OF_A_CHUNK if frame.flags & _wire.CHUNK else 1
+        return _wire.RAISED, number, [_raised.dumps(error, skip=skip)], _elapsed_since(begun), None
+    elapsed = _elapsed_since(begun)
+    if _payload.is_plain(result):
+        return _wire.RESULT, number, (pickle.dumps(result, 5),), elapsed, None
+    return _result(frame, result, fn, elapsed)
 
 
-def _run_chunk(
-    fn: Callable[..., object], calls: Sequence[tuple[object, ...]], keep_errors: bool
-) -> list[object]:
+def _elapsed_since(begun: int) -> int:
+    return _wire.elapsed_flags(perf_counter_ns() - begun)
+
+
+def _run_chunk(fn: Callable[..., object], calls: Sequence[Any], flags: int) -> object:
+    """The results of a chunk; with KEEP_ERRORS, these and the exceptions by their index."""
+    if flags & _wire.KEEP_ERRORS:
+        return _run_each(fn, calls, flags)
+    # Not map(): a StopIteration of fn would end it, and the rest would be missing.
+    if flags & _wire.ITEMS:
+        return [fn(item) for item in calls]
+    return [fn(*args) for args in calls]
+
+
+def _run_each(
+    fn: Callable[..., object], calls: Sequence[Any], flags: int
+) -> tuple[list[object], dict[int, bytes]]:
     results: list[object] = []
-    for args in calls:
+    errors: dict[int, bytes] = {}
+    for call in calls:
         try:
-            result = fn(*args)
+            result = fn(call) if flags & _wire.ITEMS else fn(*call)
         except BaseException as error:
-            if not keep_errors:
-                raise
-            results.append((False, _raised.dumps(error, skip=1)))
-        else:
-            results.append((True, result) if keep_errors else result)
-    return results
+            result, errors[len(results)] = None, _raised.dumps(error, skip=1)
+        results.append(result)
+    return results, errors
 
 
-def _result(frame: _wire.Frame, result: Any, fn: Callable[..., object]) -> Reply:
+def _result(frame: _wire.Frame, result: Any, fn: Callable[..., object], elapsed: int) -> Reply:
     try:
-        payload = _payload.dumps(result)
+        payload = _dumps(frame, result, fn)
     except BaseException as error:
+        refused = _raised.dumps(_refused(fn, result, error))
+        return _wire.RAISED, frame.number, [refused], elapsed, None
+    return _wire.RESULT, frame.number, payload.parts, payload.flags | elapsed, payload
+
+
+def _dumps(frame: _wire.Frame, result: Any, fn: Callable[..., object]) -> _payload.Payload:
+    try:
+        if _steps.is_large(result):
+            payload: _payload.Payload = _steps.run(_steps.dump_steps(result))
+            return payload
+        return _payload.dumps(result)
+    except BaseException:
         if not frame.flags & _wire.KEEP_ERRORS:
-            refused = _raised.dumps(_refused(fn, result, error))
-            return _wire.RAISED, frame.number, [refused]
-        payload = _payload.dumps([_sendable(item, fn) for item in result])
-    return _wire.RESULT, frame.number, payload.parts, payload.flags, payload
+            raise
+    _set_apart(fn, *result)
+    return _payload.dumps(result)
 
 
-def _sendable(item: tuple[bool, object], fn: Callable[..., object]) -> tuple[bool, object]:
-    """The item of a chunk, or why it cannot be sent back; its siblings can."""
-    try:
-        _payload.dumps(item).close()
-    except BaseException as error:
-        return False, _raised.dumps(_refused(fn, item[1], error))
-    return item
+def _set_apart(fn: Callable[..., object], results: list[object], errors: dict[int, bytes]) -> None:
+    """Puts errors in the place of results of a chunk that cannot be sent back; the others can."""
+    for index, result in enumerate(results):
+        try:
+            _payload.dumps(result).close()
+        except BaseException as error:
+            results[index], errors[index] = None, _raised.dumps(_refused(fn, result, error))
 
 
 def _refused(fn: Callable[..., object], result: object, error: BaseException) -> PayloadError:

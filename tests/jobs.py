@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from time import perf_counter
 
 
 def echo(value):
@@ -11,6 +12,16 @@ def echo(value):
 
 def add(a, b=0):
     return a + b
+
+
+def type_name(value):
+    return type(value).__name__
+
+
+def spin(seconds):
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        pass
 
 
 def pid():
@@ -232,3 +243,105 @@ def leave_the_group(path):
 
     os.setpgid(0, os.getpgid(os.getppid()))
     return pass_through(path)
+
+
+def describe(value):
+    """What a job sees of an argument, and the argument itself."""
+    return type(value).__name__, value
+
+
+def halve(array):
+    """Writes into its argument, and returns it."""
+    array //= 2
+    return array
+
+
+def fill_from(buffer, array):
+    buffer.view[:] = array
+    return buffer, array
+
+
+def blank_bytes(nbytes):
+    return bytes(nbytes)
+
+
+_kept = []
+
+
+def keep(value):
+    _kept.append(value)
+
+
+def kept():
+    return _kept
+
+
+def mapped_segments():
+    """How many maps of segments this process has."""
+    with open("/proc/self/maps") as maps:
+        return sum("asynclam" in line and "(deleted)" in line for line in maps)
+
+
+def memory(_value=None):
+    """Bytes that this process has for itself alone, and with what it shares."""
+    with open("/proc/self/status") as status:
+        sizes = dict(line.split(":", 1) for line in status)
+    return tuple(int(sizes[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS"))
+
+
+def touch(buffer):
+    """Writes to both ends and the middle of a buffer."""
+    for index in (0, buffer.nbytes // 2, buffer.nbytes - 1):
+        buffer.view[index] = 7
+
+
+def note(path, number, deadly=None):
+    """Appends a number to a file, then dies if it is the deadly one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    os.write(descriptor, b"%d\n" % number)
+    os.close(descriptor)
+    if number == deadly:
+        os._exit(3)
+    return number
+
+
+def wait_if(path, number):
+    """Returns at once, unless there is a gate to wait at."""
+    if path is not None:
+        from tests.parts.gate import pass_through
+
+        pass_through(path)
+    return number
+
+
+_calls = {}
+
+
+def count_calls():
+    """Counts, from here on, what this process asks of its sockets."""
+    import socket
+
+    def counting(name, call):
+        def counted(*args):
+            _calls[name] = _calls.get(name, 0) + 1
+            return call(*args)
+
+        return counted
+
+    for name in ("send", "sendall", "sendmsg", "recv", "recv_into", "recvmsg", "recvmsg_into"):
+        setattr(socket.socket, name, counting(name, getattr(socket.socket, name)))
+
+
+def calls():
+    return dict(_calls)
+
+
+def touched_memory(array):
+    """The memory of this process, once it has read an array."""
+    return memory(array.sum())
+
+
+def ones(count):
+    import numpy as np
+
+    return np.ones(count, dtype=np.uint8)

@@ -1,12 +1,13 @@
 """What the Makefile runs: makes a virtual environment, then tests, checks or shows something.
 
-    python -m tests.run test [--only plain|box] [ARGUMENTS OF PYTEST...]
+    python -m tests.run test [--only plain|box] [--segments WAY] [ARGUMENTS OF PYTEST...]
     python -m tests.run setup | demo | bench | lint | types
 
 It needs nothing but CPython 3.10 or later with its venv module, and the package index. The virtual
 environment is ``.venvs/X.Y`` of the interpreter that runs this; it is made once, and again whenever
 ``pyproject.toml`` has changed. The suite runs twice: as it is, and in a box (``parts/box.py``),
 where the tests that are marked ``outside``, which make boxes themselves, are left out.
+``--segments`` forces one of the ways in which large payloads can travel (``ASYNCLAM_SEGMENTS``).
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ _VERSION = ".".join(platform.python_version_tuple()[:2])
 _ENVIRONMENT = _ROOT / ".venvs" / _VERSION
 _PYTHON = str(_ENVIRONMENT / "bin" / "python")
 _NO_TESTS_COLLECTED = 5  # pytest.ExitCode
+_WAYS = ["memfd", "syscall", "file", "stream"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        usage="python -m tests.run [-h] COMMAND [--only plain|box] [ARGUMENTS]"
+        usage="python -m tests.run [-h] COMMAND [--only plain|box] [--segments WAY] [ARGUMENTS]"
     )
     parser.add_argument("command", choices=list(_COMMANDS))
     parser.add_argument("--only", choices=["plain", "box"], help="where to run the tests")
+    parser.add_argument("--segments", choices=_WAYS, help="how large payloads travel")
     options, rest = parser.parse_known_args()
     os.chdir(_ROOT)
     set_up("dev", "emulator", *_MORE_GROUPS.get(options.command, ()))
+    if options.segments is not None:
+        os.environ["ASYNCLAM_SEGMENTS"] = options.segments  # of all that is run, the box included
     return _COMMANDS[options.command](options.only, rest)
 
 
@@ -85,10 +90,12 @@ def test(only: str | None, arguments: Sequence[str]) -> int:
         ),
     }
     mark = f"{os.getpid()}-{time.time_ns()}"
+    way = os.environ.get("ASYNCLAM_SEGMENTS", "")
+    forced = f", segments: {way}" if way else ""
     failed = False
     for name, (place, argv, variables) in places.items():
         if only in {None, name}:
-            say(f"tests {place}, Python {_VERSION}")
+            say(f"tests {place}, Python {_VERSION}{forced}")
             status = run(argv, **variables, ASYNCLAM_TEST_RUN=mark)
             # A selection may hold nothing but tests that are left out in the box.
             failed |= status != 0 and not (arguments and status == _NO_TESTS_COLLECTED)

@@ -23,10 +23,12 @@ class Ends:
         self.frames = []
         self.reasons = []
         self.changed = asyncio.Event()
-        self.channel = Channel(asyncio.get_running_loop(), ours, self.on_frame, self.on_end)
+        self.channel = Channel(
+            asyncio.get_running_loop(), ours, self.on_frames, self.on_end, thorough=True
+        )
 
-    def on_frame(self, frame):
-        self.frames.append(frame)
+    def on_frames(self, frames):
+        self.frames += frames
         self.changed.set()
 
     def on_end(self, reason):
@@ -209,14 +211,14 @@ async def test_garbage_ends_the_channel(ends):
 
 
 async def test_close_in_the_middle_of_frames(ends):
-    """A callback may close the channel; the frames behind it are dropped with it."""
-    ends.channel._on_frame = lambda frame: (ends.frames.append(frame), ends.channel.close())
+    """A callback may close the channel: nothing more is told, nothing more is read."""
+    ends.channel._on_frames = lambda frames: (ends.frames.extend(frames), ends.channel.close())
     for number in range(2):
         _worker.send_all(ends.theirs, frame(number))
     while not ends.frames:
         await asyncio.sleep(0)
     assert ends.channel.closed
-    assert (len(ends.frames), ends.reasons) == (1, [])
+    assert (len(ends.frames), ends.reasons) == (2, [])
 
 
 async def test_close_twice(ends):

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 
 import pytest
 
@@ -14,11 +15,14 @@ from asynclam import (
     WorkerStartError,
     _call,
     _forkserver,
+    _memory,
+    _pool,
+    _steps,
     _wire,
 )
 from asynclam._pool import Plan, Pool
 from tests import jobs
-from tests.parts.actors import FakeServer, call_of
+from tests.parts.actors import FakeServer, call_of, result_body
 
 
 class Stage:
@@ -34,7 +38,10 @@ class Stage:
         return self.servers[-1]
 
     def submit(self, value=1):
-        self.jobs.append(self.pool.submit(_call.Call(jobs.echo, (value,), {})))
+        return self.submit_call(_call.Call(jobs.echo, (value,), {}))
+
+    def submit_call(self, call):
+        self.jobs.append(self.pool.submit(call))
         return self.jobs[-1]
 
     async def ready_worker(self, pid=4711):
@@ -52,6 +59,7 @@ class Stage:
 @pytest.fixture
 async def stage(monkeypatch):
     stage = Stage()
+    monkeypatch.setattr(_pool, "_OVERDUE", 3600)  # nothing is, unless the test says so
     monkeypatch.setattr(_forkserver, "ensure", lambda method: stage.server)
     monkeypatch.setattr(_forkserver, "discard", lambda server: stage.servers.append(FakeServer()))
     opened = []
@@ -126,6 +134,289 @@ async def test_no_more_workers_than_jobs(stage):
     assert stage.pool.alive == 1
     worker.reply(frame, None)
     await job.future
+
+
+# --- several jobs in a channel ----------------------------------------------------------------------
+
+
+SHORT = 3 << 8  # the flags of a reply: 3 microseconds
+
+
+async def pipelined(stage, count=3):
+    """Two workers, one with a job of unknown length, the other with ``count`` short ones."""
+    slow, one, frame_one = await stage.busy("slow")
+    first, two, frame_two = await stage.busy("short")
+    two.send(_wire.RESULT, frame_two.number, result_body(None), SHORT)
+    await first.future
+    jobs = [stage.submit(number) for number in range(count)]
+    frames = [await two.job() for _ in jobs]
+    return slow, one, frame_one, two, jobs, frames
+
+
+async def test_short_jobs_share_a_channel(stage):
+    """What is known to take microseconds is sent to a busy worker, if there can be no other."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    assert [call_of(frame)[1] for frame in frames] == [(0,), (1,), (2,)]
+    assert (stage.pool.running, stage.pool.queued, stage.pool.count("busy")) == (4, 0, 2)
+    for frame in frames:
+        two.reply(frame, "done")
+    assert [await job.future for job in jobs] == ["done"] * 3
+    one.reply(frame_one, "slow")
+    await slow.future
+
+
+async def test_a_channel_has_room_for_so_much(stage):
+    """No more is sent ahead than is expected to be done in no time; the rest waits."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage, 32)
+    waiting = stage.submit("waits")
+    await idle()
+    assert stage.pool.queued == 1
+    two.send(_wire.RESULT, frames[0].number, result_body(None), SHORT)
+    assert call_of(await two.job())[1] == ("waits",)
+    assert not waiting.future.done()
+
+
+async def test_a_job_of_unknown_length_has_a_worker_for_itself(stage):
+    """Nothing is sent behind a job of which no run time is known, nor is it sent behind another."""
+    slow, one, frame_one, two, jobs_, frames = await pipelined(stage)
+    unknown = stage.submit_call(_call.Call(jobs.add, (1,), {}))
+    short = stage.submit("behind it")
+    await idle()
+    assert stage.pool.queued == 2
+    for frame in frames:
+        two.send(_wire.RESULT, frame.number, result_body(None), SHORT)
+    assert call_of(await two.job())[0] is jobs.add
+    await idle()
+    assert (unknown.worker.number, stage.pool.queued) == (two.number, 1)
+    one.reply(frame_one, "slow")
+    one.reply(await one.job(), "done")
+    assert await short.future == "done"
+
+
+async def test_replies_that_arrive_together(stage, monkeypatch):
+    """They are delivered in one callback, and what is sent for them goes in one send."""
+    delivered, sends = [], []
+    on_frames = Pool._on_frames
+
+    def spy(pool, worker, frames):
+        delivered.append(len(frames))
+        on_frames(pool, worker, frames)
+
+    monkeypatch.setattr(Pool, "_on_frames", spy)
+    slow, one, frame_one, two, first, frames = await pipelined(stage, 32)
+    second = [stage.submit(number) for number in range(32)]
+    await idle()
+    delivered.clear()
+    for name in ("send", "sendmsg"):
+        monkeypatch.setattr(socket.socket, name, counting(sends, getattr(socket.socket, name)))
+    replies = [
+        b"".join(_wire.encode(_wire.RESULT, frame.number, [result_body(None)], flags=SHORT))
+        for frame in frames
+    ]
+    two.sock.sendall(b"".join(replies))
+    await asyncio.gather(*(job.future for job in first))
+    assert (delivered, sum(sends)) == ([32], 1)
+    assert (stage.pool.queued, stage.pool.running) == (0, 33)
+    for _ in second:
+        two.reply(await two.job(), None)
+    await asyncio.gather(*(job.future for job in second))
+
+
+def counting(calls, call):
+    def counted(*args):
+        calls.append(1)
+        return call(*args)
+
+    return counted
+
+
+async def test_a_job_that_took_long_once_has_a_worker_for_itself(stage):
+    """One long run is enough to expect another: nothing is sent behind it."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage, 2)
+    two.reply(frames[0], None)
+    two.send(_wire.RESULT, frames[1].number, result_body(None), 1_000_000 << 8)
+    await jobs[1].future
+    first, second = stage.submit("long"), stage.submit("behind it")
+    await idle()
+    assert (first.worker.number, stage.pool.queued) == (two.number, 1)
+    assert not second.future.done()
+
+
+async def test_what_waits_behind_a_stuck_job_goes_elsewhere(stage, monkeypatch):
+    """A short job that runs long is noticed: those behind it are given to the worker that is free."""
+    monkeypatch.setattr(_pool, "_OVERDUE", 0.001)
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    assert two.begin(frames[0].number)
+    one.reply(frame_one, "slow")
+    await slow.future
+    while jobs[1].worker.number != one.number:
+        await asyncio.sleep(0)
+    monkeypatch.setattr(_pool, "_OVERDUE", 3600)
+    again = [await one.job() for _ in range(2)]
+    assert [frame.number for frame in again] == [frame.number for frame in frames[1:]]
+    for frame in again:
+        one.reply(frame, "elsewhere")
+    assert [await job.future for job in jobs[1:]] == ["elsewhere"] * 2
+    two.reply(frames[0], "at last")
+    assert await jobs[0].future == "at last"
+    assert not two.begin(frames[1].number), "it is told to skip them"
+    two.skip(frames[1])
+    assert not two.begin(frames[2].number)
+    two.skip(frames[2])
+    last = [stage.submit(number) for number in range(2)]
+    one.reply(await one.job(), "one")
+    two.reply(await two.job(), "two")
+    assert sorted([await job.future for job in last]) == ["one", "two"]
+
+
+async def test_a_job_is_skipped_that_was_believed_to_have_begun(stage, monkeypatch):
+    """A worker that has read the revocation at the last moment says so; what came later it runs."""
+    monkeypatch.setattr(_pool, "_OVERDUE", 0.001)
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    two.begin(frames[0].number)
+    while stage.pool.queued != 2:  # jobs 1 and 2 are taken back: the worker has begun job 0
+        await asyncio.sleep(0)
+    two.skip(frames[0])
+    again = [await two.job()]
+    assert call_of(again[0])[1] == (0,)
+    two.send(_wire.RESULT, again[0].number, result_body("again"), SHORT)
+    assert await jobs[0].future == "again"
+    for _ in range(2):
+        frame = await two.job()
+        two.send(_wire.RESULT, frame.number, result_body("again"), SHORT)
+    assert [await job.future for job in jobs[1:]] == ["again"] * 2
+
+
+async def test_a_reply_in_the_moment_of_the_taking_back(stage):
+    """A reply that is read just then makes no room: what a worker is given then is not revoked."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage, 32)
+    stage.submit("waits")
+    worker = jobs[0].worker
+    for frame in frames[:2]:
+        two.begin(frame.number)
+    stage.pool._revoke(worker)
+    worker.revoking.cancel()
+    two.send(_wire.RESULT, frames[0].number, result_body(None), SHORT)
+    stage.pool._take_back(worker, 0.0)
+    assert ([job.order for job in worker.jobs], stage.pool.queued) == ([3], 31)
+    with pytest.raises(BlockingIOError):
+        two.sock.recv(1)
+
+
+async def test_a_stopped_worker_is_sent_nothing_more(stage, monkeypatch):
+    """A worker that has begun none of its jobs gets no others before it has skipped these."""
+    monkeypatch.setattr(_pool, "_OVERDUE", 0.001)
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    while stage.pool.queued != 3:
+        await asyncio.sleep(0)
+    for _ in range(3):
+        stage.pool._look_for_overdue()
+        await idle()
+    assert (stage.pool.queued, stage.pool.running) == (3, 1)
+    for frame in frames:
+        assert not two.begin(frame.number)
+        two.skip(frame)
+    monkeypatch.setattr(_pool, "_OVERDUE", 3600)
+    for frame in [await two.job() for _ in frames]:
+        two.send(_wire.RESULT, frame.number, result_body("again"), SHORT)
+    assert [await job.future for job in jobs] == ["again"] * 3
+    one.reply(frame_one, "slow")
+    await slow.future
+
+
+async def test_what_a_stopped_worker_had_runs_elsewhere(stage, monkeypatch):
+    """Its jobs go to the worker that is free, and a close does not wait for it."""
+    monkeypatch.setattr(_pool, "_OVERDUE", 0.001)
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    while stage.pool.queued != 3:
+        await asyncio.sleep(0)
+    monkeypatch.setattr(_pool, "_OVERDUE", 3600)
+    one.reply(frame_one, "slow")
+    for _ in frames:
+        one.send(_wire.RESULT, (await one.job()).number, result_body("elsewhere"), SHORT)
+    assert [await job.future for job in jobs] == ["elsewhere"] * 3
+    closing = stage.pool.close()
+    for worker in (one, two):
+        while await worker.frame() is not None:
+            pass
+        stage.server.exited(worker)
+    await asyncio.wait_for(closing, 0.5)
+
+
+async def test_cancelling_a_job_behind_another(stage):
+    """A job in the channel that has not begun is dropped; its worker and the others are unharmed."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    two.begin(frames[0].number)
+    jobs[1].future.cancel()
+    stage.pool.cancel(jobs[1])
+    while stage.pool.queued != 1:
+        await asyncio.sleep(0)
+    two.reply(frames[0], "unharmed")
+    assert await jobs[0].future == "unharmed"
+    for frame in frames[1:]:
+        assert not two.begin(frame.number)
+        two.skip(frame)
+    again = await two.job()
+    assert call_of(again)[1] == (2,)
+    two.reply(again, "unharmed, too")
+    assert await jobs[2].future == "unharmed, too"
+    assert stage.pool.count("idle") == 1
+
+
+async def test_replies_that_arrive_while_jobs_are_taken_back(stage, monkeypatch):
+    """What is sent because of them is not taken back with the others: each job begins once."""
+    monkeypatch.setattr(_pool, "_SEEN", 3600)  # the test says when
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage, 32)
+    jobs.append(stage.submit("waits"))
+    assert two.begin(frames[0].number)
+    jobs[31].future.cancel()
+    stage.pool.cancel(jobs.pop(31))
+    worker = stage.pool._workers[two.number]
+    two.send(_wire.RESULT, frames[0].number, result_body("done"), SHORT)
+    worker.revoking.cancel()
+    stage.pool._take_back(worker, 0.0)  # finds the reply
+    for frame in frames[1:]:
+        assert not two.begin(frame.number)
+        two.skip(frame)
+    for _ in jobs[1:]:
+        frame = await two.job()
+        assert two.begin(frame.number)
+        two.send(_wire.RESULT, frame.number, result_body("done"), SHORT)
+    await idle()
+    assert stage.pool.count("dying") == 0, "it has kept to the protocol"
+    assert [job.future.result() for job in jobs] == ["done"] * 32
+
+
+async def test_cancelling_a_job_before_others(stage):
+    """The worker that runs it is killed once those behind it are safe, and those run elsewhere."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    two.begin(frames[0].number)
+    jobs[0].future.cancel()
+    stage.pool.cancel(jobs[0])
+    assert await stage.server.killed() == two.number
+    stage.server.exited(two)
+    one.reply(frame_one, "slow")
+    for _ in range(2):
+        one.reply(await one.job(), "elsewhere")
+    assert [await job.future for job in jobs[1:]] == ["elsewhere"] * 2
+
+
+async def test_a_death_with_several_jobs_in_the_channel(stage):
+    """The job that had begun fails, the one before it has its result, those behind it run elsewhere."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    two.begin(frames[0].number)
+    two.reply(frames[0], "before")
+    two.begin(frames[1].number)
+    two.close()
+    stage.server.exited(two)
+    assert await jobs[0].future == "before"
+    with pytest.raises(WorkerDiedError):
+        await jobs[1].future
+    one.reply(frame_one, "slow")
+    again = await one.job()
+    assert call_of(again)[1] == (2,)
+    one.reply(again, "elsewhere")
+    assert await jobs[2].future == "elsewhere"
 
 
 # --- deaths --------------------------------------------------------------------------------------
@@ -400,6 +691,18 @@ async def test_a_death_before_ready_is_a_failed_start(stage):
     assert await job.future == "done"
 
 
+async def test_segments_that_make_no_sense(stage, monkeypatch):
+    """Nothing is left waiting where the environment names no way to share memory."""
+
+    def refuse(nbytes):
+        raise ValueError("ASYNCLAM_SEGMENTS=bogus")
+
+    monkeypatch.setattr(_memory, "create_segment", refuse)
+    with pytest.raises(WorkerStartError, match="bogus"):
+        await stage.submit().future
+    await stage.pool.close()
+
+
 async def test_failed_starts_while_another_worker_lives(stage):
     """Jobs wait for the workers that live, if no more can be started."""
     first, one, frame_one = await stage.busy(1)
@@ -478,6 +781,20 @@ async def test_a_worker_dies_after_its_fork_server(stage, monkeypatch):
         await job.future
 
 
+async def test_a_cancelled_job_outlives_the_fork_server(stage, monkeypatch):
+    """A KILL that the fork server did not live to read is carried out by the loop process."""
+    killed = []
+    monkeypatch.setattr(os, "killpg", lambda pid, number: killed.append((pid, number)))
+    job, worker, frame = await stage.busy()
+    worker.begin(frame.number)
+    job.future.cancel()
+    stage.pool.cancel(job)
+    stage.server.stop()
+    while stage.pool.alive or stage.pool.count("dying"):
+        await asyncio.sleep(0)
+    assert killed == [(4711, signal.SIGKILL)]
+
+
 # --- the end -------------------------------------------------------------------------------------
 
 
@@ -491,6 +808,50 @@ async def test_close_waits_for_the_jobs(stage):
     await idle()
     assert not closing.done()
     stage.server.exited(one, 0)
+    await closing
+
+
+async def test_close_waits_for_a_result_that_is_being_unpickled(stage, monkeypatch):
+    """However long that takes, and however impatient the close is with workers."""
+    monkeypatch.setattr(_pool, "_PATIENCE", 0)
+    job, worker, frame = await stage.busy()
+    closing = stage.pool.close()
+    payload = _steps.run(_steps.dump_steps([str(number) for number in range(300_000)]))
+    body = b"".join(payload.parts)
+    await asyncio.gather(
+        asyncio.to_thread(worker_sends, worker, frame, body, payload.flags), closing
+    )
+    assert len(await job.future) == 300_000
+
+
+def worker_sends(worker, frame, body, flags):
+    worker.sock.setblocking(True)
+    worker.send(_wire.RESULT, frame.number, body, flags)
+
+
+async def test_close_waits_for_a_call_that_is_being_pickled(stage):
+    """A call that was made before the close is one of its jobs."""
+    job, worker, frame = await stage.busy()
+    stage.pool.expect()
+    closing = stage.pool.close()
+    worker.reply(frame, None)
+    await job.future
+    await idle()
+    stage.pool.expect_no_more()
+    late = stage.submit("late")
+    worker.reply(await worker.job(), "late")
+    assert await late.future == "late"
+    assert await worker.frame() is None
+    stage.server.exited(worker, 0)
+    await closing
+
+
+async def test_a_call_that_was_expected_and_does_not_come(stage):
+    """The close goes on without it."""
+    stage.pool.expect()
+    closing = stage.pool.close()
+    assert not closing.done()
+    stage.pool.expect_no_more()
     await closing
 
 

@@ -18,31 +18,41 @@ ARROWS = {
     "_environment": set(),
     "_memory": set(),
     "_descriptors": {"_wire"},
+    "_segments": {"_wire", "_memory"},
     "_payload": {"_wire", "_memory"},
-    "_call": {"_payload", "_wire", "_errors"},
+    "_steps": {"_payload", "_wire", "_memory"},
+    "_call": {"_payload", "_steps", "_wire", "_errors"},
     "_raised": {"_errors"},
-    "_worker": {"_call", "_descriptors", "_payload", "_raised", "_wire", "_errors"},
+    "_worker": {
+        "_call", "_descriptors", "_payload", "_raised", "_segments", "_steps", "_wire", "_errors",
+    },
     "_forkserver": {"_descriptors", "_memory", "_wire", "_worker"},
     # ---- the asyncio line: nothing above this comment imports asyncio or anyio ----
     "_channel": {"_descriptors", "_wire", "_worker"},
-    "_job": {"_call", "_payload", "_raised", "_wire", "_errors"},
+    "_turns": set(),
+    "_job": {"_call", "_payload", "_raised", "_steps", "_wire", "_errors"},
     "_pool": {
-        "_call", "_channel", "_errors", "_forkserver", "_job", "_memory", "_raised", "_wire",
-        "_worker",
+        "_call", "_channel", "_errors", "_forkserver", "_job", "_memory", "_payload", "_raised",
+        "_segments", "_turns", "_wire", "_worker",
     },
-    "_inline": {"_call", "_errors", "_job", "_wire", "_worker"},
-    "_streams": {"_call", "_errors"},
+    "_inline": {"_call", "_errors", "_job", "_steps", "_turns", "_wire", "_worker"},
+    "_chunks": set(),
+    "_sources": set(),
+    "_streams": {"_call", "_chunks", "_errors", "_sources"},
     "_threads": set(),
+    "_statistics": set(),
     "_executor": {
-        "_call", "_environment", "_errors", "_forkserver", "_inline", "_job", "_payload", "_pool",
-        "_streams", "_threads", "_wire",
+        "_call", "_chunks", "_environment", "_errors", "_forkserver", "_inline", "_job", "_payload",
+        "_pool", "_sources", "_statistics", "_steps", "_streams", "_threads", "_wire",
     },
-    "_default": {"_executor", "_streams"},
+    "_default": {"_executor", "_sources", "_streams"},
     "_handler": {"_call", "_default", "_executor", "_forkserver"},
     "s3": {"_default", "_memory", "_streams"},
     "_cli": {"_demo"},
     "__main__": {"_cli"},
-    "__init__": {"_default", "_errors", "_executor", "_handler", "_memory", "_streams"},
+    "__init__": {"_default", "_errors", "_executor", "_handler", "_memory", "_statistics",
+        "_streams",
+    },
 }  # fmt: skip
 BELOW_ASYNCIO = list(ARROWS)[: list(ARROWS).index("_channel")]
 
@@ -81,13 +91,16 @@ def test_the_door_is_lazy():
 
 
 def test_a_job_does_not_load_anyio():
-    """``run_cpu`` alone loads no anyio, cloudpickle or multiprocessing."""
+    """``run_cpu`` alone loads no anyio, cloudpickle or multiprocessing, and little of the rest."""
     loaded = run(
         "import asyncio, sys, asynclam\n"
         "if __name__ == '__main__':\n"
         "    asyncio.run(asynclam.run_cpu(abs, -1)); print(*sys.modules)"
     )
     assert not {"anyio", "cloudpickle", "multiprocessing", "aiobotocore", "uvloop"} & loaded
+    assert (
+        not {"asynclam._streams", "asynclam._threads", "asynclam._segments", "dataclasses"} & loaded
+    )
 
 
 def run(code: str) -> set[str]:

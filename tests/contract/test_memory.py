@@ -1,11 +1,15 @@
 """SharedBuffer: memory by descriptor, and what happens to it when handles are closed."""
 
+import errno
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 from asynclam import SharedBuffer, _memory, _payload
+from tests.jobs import mapped_segments as mapped
 
 
 def travel(buffer: SharedBuffer) -> SharedBuffer:
@@ -115,14 +119,213 @@ def test_lost_descriptor():
             _payload.loads(bytearray(payload.parts[0]), 0, None)
 
 
-def test_unlinked_file(tmp_path, monkeypatch):
-    """Without memfd a segment is a file that no directory names."""
-    monkeypatch.delattr(os, "memfd_create")
+@pytest.fixture
+def segments(monkeypatch):
+    """Says which way of making segments to use, as the environment would."""
+
+    def use(way):
+        monkeypatch.setenv("ASYNCLAM_SEGMENTS", way)
+        _memory._forget()
+
+    yield use
+    monkeypatch.undo()
+    _memory._forget()
+
+
+@pytest.mark.parametrize("way", ["memfd", "syscall", "file", "stream", ""])
+def test_every_way(way, segments, tmp_path, monkeypatch):
+    """Whichever way a segment is made, both sides see it, and no directory names it."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    segments(way)
     with SharedBuffer(100_000) as here, travel(here) as there:
         here.view[99_999] = 1
         assert there.view[99_999] == 1
         assert list(tmp_path.iterdir()) == []
+        assert not os.get_inheritable(here._descriptor)
+    assert _memory.are_payloads_streamed() == (way == "stream")
+
+
+def test_an_unknown_way(segments):
+    """A value that means nothing is refused, with those that do."""
+    segments("shm")
+    for use in (lambda: SharedBuffer(1), _memory.are_payloads_streamed):
+        with pytest.raises(ValueError, match="shm is none of memfd, syscall, file, stream"):
+            use()
+
+
+def test_the_first_way_that_works(segments, monkeypatch):
+    """What the system refuses is passed over, once; the file is the last way."""
+    segments("")
+    tried = []
+
+    def refuse(nbytes):
+        tried.append(nbytes)
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setitem(_memory._WAYS, "memfd", refuse)
+    monkeypatch.setitem(_memory._WAYS, "syscall", refuse)
+    for _ in range(2):
+        with SharedBuffer(1) as buffer:
+            assert os.readlink(f"/proc/self/fd/{buffer._descriptor}").endswith("(deleted)")
+    assert tried == [1, 1], "of the second buffer none was tried"
+
+
+def test_running_out_is_no_reason_for_another_way(segments, monkeypatch):
+    """At the limit of descriptors the error is that one, and nothing is chosen for good."""
+    segments("")
+
+    def run_out(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", run_out)
+        with pytest.raises(OSError, match="Too many open files"):
+            SharedBuffer(1)
+    SharedBuffer(1).close()
+    assert _memory._chosen is _memory._memfd
+
+
+def test_a_python_without_the_function(segments, monkeypatch):
+    """Where os.memfd_create is missing, the system call is made through ctypes."""
+    segments("")
+    monkeypatch.delattr(os, "memfd_create")
+    SharedBuffer(1).close()
+    assert _memory._chosen is _memory._syscall
+
+
+def test_a_full_disk(segments):
+    """A file that the disk has no room for is an OSError at once, not a signal at the first write."""
+    segments("file")
+    code = (
+        "import os, resource, signal, sys\n"
+        "from asynclam import SharedBuffer\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "before = os.listdir('/proc/self/fd')\n"
+        "try: SharedBuffer(2 << 20)\n"
+        "except OSError: print(len(os.listdir('/proc/self/fd')) - len(before))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "0\n"
+
+
+def test_blocks_are_reserved(segments, tmp_path, monkeypatch):
+    """The blocks of a file are its own before it is mapped; if there are none, nothing is left."""
+    segments("file")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with SharedBuffer(1 << 20) as buffer:
+        assert os.fstat(buffer._descriptor).st_blocks * 512 >= 1 << 20
+
+    def full(descriptor, offset, nbytes):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No space"):
+        SharedBuffer(1)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_is_read_anew_after_a_fork(segments):
+    """A worker has the environment of the loop process, not the choice of who forked it."""
+    segments("file")
+    SharedBuffer(1).close()
+    pid = os.fork()
+    if not pid:
+        os.environ["ASYNCLAM_SEGMENTS"] = "memfd"
+        SharedBuffer(1).close()
+        os._exit(_memory._chosen is _memory._memfd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+# --- how maps end --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_thread():
+    """Large maps end in a thread; calling it waits until that has ended."""
+    _memory.drop_in_thread()
+
+    def wait():
+        with _memory._dropping:
+            pass
+
+    yield wait
+    _memory.drop_in_place()
+
+
+@pytest.mark.parametrize("nbytes", [1, 1 << 22])
+def test_a_map_ends_with_its_last_view(nbytes, in_thread):
+    """In the thread or in place, the memory is gone once nothing looks into it, and not before."""
+    before = mapped()
+    descriptor = _memory.create_segment(nbytes)
+    view = _memory.map_segment(descriptor)
+    os.close(descriptor)
+    part = view[:1]
+    del view
+    in_thread()
+    part[0] = 1
+    assert mapped() == before + 1
+    del part
+    in_thread()
+    assert mapped() == before
+    assert not _memory._dropped
+
+
+def test_large_maps_end_elsewhere(in_thread, monkeypatch):
+    """A large map is handed over where its last view is dropped; a small one is not worth it."""
+    started = []
+    monkeypatch.setattr(_memory._thread, "start_new_thread", lambda *a: started.append(a))
+    SharedBuffer(1 << 16).view[0] = 1
+    assert not started
+    for _ in range(3):
+        SharedBuffer(1 << 22).view[0] = 1
+    assert len(started) == 1, "one thread, however many maps wait for it"
+    assert len(_memory._dropped) == 3
+    run, args = started[0]
+    run(*args)
+    assert not _memory._dropped
+
+
+def test_no_thread_is_to_be_had(in_thread, monkeypatch):
+    """At the end of the interpreter, a map ends in place."""
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_memory._thread, "start_new_thread", refuse)
+    before = mapped()
+    SharedBuffer(1 << 22).view[0] = 1
+    assert mapped() == before
+
+
+def test_maps_cost_no_descriptor():
+    """From Python 3.13 a view of a segment needs no descriptor."""
+    before = len(os.listdir("/proc/self/fd"))
+    descriptor = _memory.create_segment(1)
+    view = _memory.map_segment(descriptor)
+    os.close(descriptor)
+    assert len(os.listdir("/proc/self/fd")) - before == (sys.version_info < (3, 13))
+    view[0] = 1
+
+
+# --- blank objects -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+@pytest.mark.parametrize("nbytes", [2, 5000, 33 << 20])
+def test_blank_objects(kind, nbytes):
+    """A blank object that was filled is one like any other."""
+    blank, view = _memory.blank(kind, nbytes)
+    view[:] = b"ab" * (nbytes // 2)
+    del view
+    assert type(blank) is kind
+    assert blank == kind(b"ab" * (nbytes // 2))
+    if kind is bytearray:
+        blank.append(1)
+    plain = kind(bytearray(b"abc"))
+    assert sys.getrefcount(blank) == sys.getrefcount(plain)
 
 
 def test_failed_segment_leaves_nothing(monkeypatch):

@@ -108,7 +108,7 @@ def test_main_that_is_not_shared():
     exec(source, main.__dict__)
     before, sys.modules["__main__"] = sys.modules["__main__"], main
     try:
-        call = _call.Call(main.f, (2,), {}, main_is_shared=False)
+        call = _call.Call(main.f, (2,), {}, shares_main=lambda: False)
     finally:
         sys.modules["__main__"] = before
     fn, args, _ = received(call)

@@ -2,10 +2,13 @@
 
 import asyncio
 import gc
+import itertools
+from random import Random
 
 import pytest
 
-from asynclam import JobExitError, map_io
+from asynclam import JobExitError, PayloadError, map_io
+from asynclam._chunks import FixedLength, MeasuredLength
 from asynclam._streams import Stream
 
 
@@ -16,9 +19,9 @@ class Work:
         self.futures = {}
         self.most = 0
 
-    def start(self, batch):
+    def start(self, chunk, first):
         future = asyncio.get_running_loop().create_future()
-        self.futures[tuple(args[0] for args in batch)] = future
+        self.futures[tuple(chunk)] = future
         self.most = max(self.most, sum(not future.done() for future in self.futures.values()))
         return future
 
@@ -27,8 +30,7 @@ class Work:
             "map_cpu",
             iterables,
             self.start,
-            limit,
-            size=size,
+            FixedLength(size, limit),
             ordered=ordered,
             return_exceptions=return_exceptions,
         )
@@ -176,11 +178,13 @@ async def test_an_error_of_the_source():
 async def test_an_error_of_the_start():
     """What cannot be started (an unpicklable item) ends the stream as an error does."""
 
-    def start(batch):
+    def start(chunk, first):
         raise ValueError("cannot start")
 
     source = Source(3)
-    stream = Stream("map_cpu", (source,), start, 4, size=1, ordered=True, return_exceptions=False)
+    stream = Stream(
+        "map_cpu", (source,), start, FixedLength(1, 4), ordered=True, return_exceptions=False
+    )
     with pytest.raises(ValueError, match="cannot start"):
         await stream
     assert source.closed
@@ -359,12 +363,14 @@ async def test_an_item_that_cannot_be_started():
     work = Work()
     refusal = ValueError("cannot be pickled")
 
-    def start(batch):
-        if batch == [(2,)]:
+    def start(chunk, first):
+        if chunk == [2]:
             raise refusal
-        return work.start(batch)
+        return work.start(chunk, first)
 
-    stream = Stream("map_cpu", ([1, 2],), start, 4, size=1, ordered=True, return_exceptions=True)
+    stream = Stream(
+        "map_cpu", ([1, 2],), start, FixedLength(1, 4), ordered=True, return_exceptions=True
+    )
     task = asyncio.ensure_future(stream.list())
     await work.finish(1)
     assert await task == ["r1", refusal]
@@ -439,3 +445,229 @@ def test_bad_arguments(args, options, error, message):
     """Bad arguments are refused at the call, before anything runs."""
     with pytest.raises(error, match=message):
         map_io(*args, **options)
+
+
+# --- chunks that are measured --------------------------------------------------------------------
+
+
+class Measured(Work):
+    """Work whose chunks have lengths that the test tells by what it lets them measure."""
+
+    def __init__(self, workers=2, limit=None):
+        super().__init__()
+        self.lengths = MeasuredLength(workers, limit)
+
+    def measure(self, microseconds, items=10_000):
+        """As if so many items had run, so long each."""
+        self.lengths.measured(items, items * microseconds, 1)
+
+    def stream(self, *iterables, ordered=True, return_exceptions=False):
+        return Stream(
+            "map_cpu",
+            iterables,
+            self.start,
+            self.lengths,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+        )
+
+
+class Feed:
+    """An async source that has what the test puts into it, and makes the reader wait for the rest."""
+
+    def __init__(self):
+        self.queue = asyncio.Queue()
+
+    def put(self, *items):
+        for item in items:
+            self.queue.put_nowait(item)
+
+    async def __aiter__(self):
+        while (item := await self.queue.get()) is not None:
+            yield item
+
+
+async def test_all_workers_have_single_items_first():
+    """The first items go alone, two for each worker, and no more is read."""
+    work, source = Measured(), Source(100)
+    task = asyncio.ensure_future(work.stream(source).list())
+    await idle()
+    assert list(work.futures) == [(1,), (2,), (3,), (4,)]
+    assert source.read == 4
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_what_comes_while_workers_are_hungry():
+    """An item of a source that makes us wait goes at once, though its chunk could be longer."""
+    work, source = Measured(), Feed()
+    work.measure(100)  # ten are worth a chunk
+    task = asyncio.ensure_future(work.stream(source).list())
+    for number in range(2):
+        source.put(number)
+        await work.started(number)
+    source.put(2, 3, 4)
+    await idle()
+    assert len(work.futures) == 2  # both workers have enough to do
+    await work.finish(0)
+    await work.finish(2, 3, 4)
+    source.put(None)
+    await work.finish(1)
+    assert await task == ["r0", "r1", "r2", "r3", "r4"]
+
+
+async def test_what_comes_at_once_goes_together():
+    """Items that a source has ready are one chunk, not one each, also while workers are hungry."""
+    work = Measured()
+    work.measure(1)
+    task = asyncio.ensure_future(work.stream(Source(500)).list())
+    await work.finish(*range(1, 501))
+    assert len(await task) == 500
+
+
+async def test_a_source_is_not_interrupted():
+    """Items are sent while the source is awaited; its ``__anext__`` is neither cancelled nor run twice."""
+    events = []
+
+    async def source():
+        yield 1
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            events.append("cancelled")
+            raise
+
+    work = Measured()
+    work.measure(1)
+    async with work.stream(source()) as stream:
+        first = asyncio.ensure_future(anext(stream))
+        await work.finish(1)
+        assert await first == "r1"
+        assert events == []
+    assert events == ["cancelled"]
+
+
+async def test_a_given_limit_holds():
+    """With a limit, no more is read, whatever the chunks are; all workers find some in it."""
+    work, source = Measured(limit=20), Source(1000)
+    work.measure(1)
+    stream = work.stream(source)
+    first = asyncio.ensure_future(anext(stream))
+    await idle()
+    assert source.read == 20
+    assert [len(items) for items in work.futures] == [5, 5, 5, 5]
+    await work.finish(1, 2, 3, 4, 5)
+    await first
+    await idle()
+    assert source.read == 20  # of the first chunk, four are still to be taken
+    for _ in range(4):
+        await anext(stream)
+    await idle()
+    assert source.read == 25
+    await stream.aclose()
+
+
+async def test_a_slow_consumer_slows_the_source():
+    """Without a limit, twice the chunks that the workers can run are read, and not more."""
+    work = Measured()
+    work.measure(100)  # 500 items in the aim
+    stream = work.stream(iter(range(1_000_000)))
+    first = asyncio.ensure_future(anext(stream))
+    await work.started(*range(500))
+    await idle()
+    assert [len(items) for items in work.futures] == [500] * 4
+    await work.finish(*range(500))
+    await first
+    await idle()
+    assert len(work.futures) == 4
+    for _ in range(499):
+        await anext(stream)
+    await idle()
+    assert len(work.futures) == 5
+    await stream.aclose()
+
+
+async def test_an_endless_source():
+    """A source that never ends and never awaits does not hold up the loop, nor do its results."""
+
+    async def endless():
+        while True:
+            yield 1
+
+    for source in (itertools.repeat(1), iter(int, 1), endless()):
+        work = Measured()
+        work.measure(1)
+        async with work.stream(source, ordered=False) as stream:
+            first = asyncio.ensure_future(anext(stream))
+            await idle()
+            items, future = next(iter(work.futures.items()))
+            future.set_result(list(items))
+            assert await first in (0, 1)
+
+
+async def test_an_item_of_a_chunk_that_cannot_be_started():
+    """With ``return_exceptions`` it alone has the error: its neighbours are started without it."""
+    work = Measured()
+    work.measure(1)
+
+    def start(chunk, first):
+        if 5 in chunk:
+            raise PayloadError(f"{first}")
+        future = work.start(chunk, first)
+        future.set_result([f"r{item}" for item in chunk])
+        return future
+
+    stream = Stream(
+        "map_cpu", (range(8),), start, work.lengths, ordered=True, return_exceptions=True
+    )
+    results = await stream
+    assert results[:5] + results[6:] == [f"r{item}" for item in (0, 1, 2, 3, 4, 6, 7)]
+    assert results[5].args == ("5",)  # by its index in the input
+    stream = Stream(
+        "map_cpu", (range(8),), start, work.lengths, ordered=True, return_exceptions=False
+    )
+    with pytest.raises(PayloadError, match="5"):
+        await stream
+
+
+async def test_nothing_is_started_after_an_error():
+    """Once a chunk has failed, what is collected is not sent any more."""
+    work, source = Measured(), Feed()
+    work.measure(100)  # ten are worth a chunk
+    stream = work.stream(source)
+    first = asyncio.ensure_future(anext(stream))
+    for number in range(2):
+        source.put(number)
+        await work.started(number)
+    source.put(2, 3)
+    await idle()
+    work.futures[1,].set_exception(ValueError("second"))
+    with pytest.raises(ValueError, match="second"):
+        await first
+    assert list(work.futures) == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_chunks_of_any_length(ordered):
+    """All items come once, in order where that is asked for, however long the chunks are."""
+    lengths = MeasuredLength(2)
+    random = Random(1)
+
+    def start(chunk, first):
+        future = asyncio.get_running_loop().create_future()
+        lengths.measured(len(chunk), random.choice([1, 1000, 100_000]), 10)
+        asyncio.get_running_loop().call_soon(future.set_result, list(chunk))
+        return future
+
+    async def async_source():
+        for number in range(3000):
+            if not random.randrange(50):
+                await asyncio.sleep(0)
+            yield number
+
+    for source in (range(3000), list(range(3000)), iter(range(3000)), async_source()):
+        stream = Stream(
+            "map_cpu", (source,), start, lengths, ordered=ordered, return_exceptions=False
+        )
+        results = [result async for result in stream]
+        assert (results if ordered else sorted(results)) == list(range(3000))

@@ -308,6 +308,83 @@ async def test_map(executor, chunksize):
     ]
 
 
+@pytest.mark.parametrize("return_exceptions", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda: range(5000),
+        lambda: list(range(5000)),
+        lambda: tuple(range(5000)),
+        lambda: iter(range(5000)),
+        lambda: dict.fromkeys(range(5000)),
+        lambda: map_io(an_echo, range(5000), ordered=True),
+    ],
+    ids=["range", "list", "tuple", "iterator", "dict", "async"],
+)
+async def test_map_in_measured_chunks(executor, shape, return_exceptions):
+    """Many short items come back complete and in order, from every kind of source."""
+    results = await executor.map_cpu(jobs.add, shape(), return_exceptions=return_exceptions)
+    assert results == list(range(5000))
+    stream = executor.map_cpu(jobs.add, shape(), shape(), return_exceptions=return_exceptions)
+    assert [result async for result in stream] == list(range(0, 10_000, 2))
+
+
+async def an_echo(value):
+    return value
+
+
+async def test_short_items_share_jobs(executor):
+    """100,000 tiny items are some dozens of jobs, not 100,000."""
+    assert await executor.map_cpu(abs, range(100_000)) == list(range(100_000))
+    assert executor.statistics().jobs_completed < 1000
+
+
+async def test_long_items_are_jobs_of_their_own(executor):
+    """Ten items that take long are ten jobs."""
+    assert await executor.map_cpu(jobs.spin, [0.05] * 10) == [None] * 10
+    assert executor.statistics().jobs_completed == 10
+
+
+async def test_items_of_a_slow_source_do_not_wait_for_each_other(executor):
+    """What a source gives while workers are hungry is sent, before it gives more."""
+    more = asyncio.Event()
+
+    async def source():
+        for number in range(1000):
+            yield number
+        await more.wait()  # is set once the last of these has its result
+        yield 1000
+
+    results = []
+    async with executor.map_cpu(jobs.echo, source()) as stream:
+        async for result in stream:
+            results.append(result)
+            if result == 999:
+                more.set()
+    assert results == list(range(1001))
+
+
+async def test_map_of_large_items(executor):
+    """Large items are not put together, however fast they are done."""
+    items = [bytes([number]) * 1_000_000 for number in range(20)]
+    before = executor.statistics().jobs_completed
+    assert await executor.map_cpu(jobs.echo, items) == items
+    assert executor.statistics().jobs_completed - before == 20
+
+
+async def test_map_of_many_buffers(executor):
+    """More buffers than a call can take travel in several, whether items or results are that."""
+    made = await executor.map_cpu(jobs.make_buffer, [b"%d" % number for number in range(300)])
+    try:
+        assert await executor.map_cpu(jobs.total, made) == [sum(made[n].view) for n in range(300)]
+        small = [None] * 2000  # so that chunks are long when the buffers come
+        kinds = await executor.map_cpu(jobs.type_name, [*small, *made], limit=100_000)
+        assert kinds == ["NoneType"] * 2000 + ["SharedBuffer"] * 300
+    finally:
+        for buffer in made:
+            buffer.close()
+
+
 async def test_map_stream(executor):
     """A stream gives all results, in order."""
     stream = executor.map_cpu(jobs.echo, range(20), limit=3)
@@ -339,9 +416,50 @@ async def test_map_results_that_cannot_be_pickled(executor):
 
 
 async def test_map_an_item_that_cannot_be_pickled(executor):
-    """An item that cannot travel ends the map and is named."""
-    with pytest.raises(PayloadError, match="item 0"):
+    """An item that cannot travel ends the map and is named, by its index in the input."""
+    with pytest.raises(PayloadError, match=r"item 0 of .*\(of type lock\)"):
         await executor.map_cpu(jobs.echo, [threading.Lock()])
+    items = [*range(1000), threading.Lock()]
+    for chunksize in (None, 1, 100):
+        with pytest.raises(PayloadError, match="item 1000"):
+            await executor.map_cpu(jobs.echo, items, chunksize=chunksize)
+
+
+@pytest.mark.parametrize("chunksize", [None, 1, 100])
+async def test_map_return_exceptions_of_items_that_cannot_be_pickled(executor, chunksize):
+    """With ``return_exceptions`` it alone has the error, and not its chunk."""
+    items = [threading.Lock() if number in (7, 900) else number for number in range(1000)]
+    results = await executor.map_cpu(jobs.echo, items, chunksize=chunksize, return_exceptions=True)
+    bad = {index: result for index, result in enumerate(results) if result != items[index]}
+    assert sorted(bad) == [7, 900]
+    assert all(f"item {index} of" in str(error) for index, error in bad.items())
+
+
+async def test_map_stop_iteration(executor):
+    """A StopIteration of an item is its error; it ends nothing silently."""
+    stop = [StopIteration(1)]
+    with pytest.raises(JobExitError):
+        await executor.map_cpu(jobs.raise_, stop, chunksize=3)
+    results = await executor.map_cpu(jobs.raise_, stop * 3, chunksize=3, return_exceptions=True)
+    assert [type(error) for error in results] == [JobExitError] * 3
+
+
+@pytest.mark.parametrize("return_exceptions", [False, True])
+@pytest.mark.parametrize(
+    ("fn", "iterables", "error"),
+    [(jobs.fail_on_odd, ([1],), ValueError), (jobs.add, ([1], ["a"]), TypeError)],
+    ids=["items", "tuples"],
+)
+async def test_the_traceback_of_a_chunk(executor, fn, iterables, error, return_exceptions):
+    """The traceback of an item's error begins with the user's function."""
+    stream = executor.map_cpu(fn, *iterables, return_exceptions=return_exceptions)
+    try:
+        (raised,) = await stream
+    except error as caught:
+        raised = caught
+    text = "".join(traceback.format_exception(raised))
+    assert f"in {fn.__name__}" in text
+    assert "_worker.py" not in text
 
 
 async def test_pipeline(executor):
@@ -504,3 +622,26 @@ def test_every_error_is_documented():
     ):
         assert issubclass(error, AsynclamError)
     assert sys.modules["asynclam._errors"]
+
+
+async def test_the_end_of_the_block_waits_for_large_arguments():
+    """A call whose arguments are still being pickled is one of its jobs."""
+    async with Executor(1) as executor:
+        task = asyncio.ensure_future(executor.run_cpu(len, [str(n) for n in range(100_000)]))
+        await asyncio.sleep(0)
+    assert await task == 100_000
+
+
+async def test_killed_while_large_arguments_are_pickled():
+    """The call is refused, and the descriptors that it would have sent are closed."""
+    with SharedBuffer(4096) as buffer:
+        executor = Executor(1)
+        await executor.run_cpu(len, ())
+        before = len(os.listdir("/proc/self/fd"))
+        arguments = buffer, [str(n) for n in range(100_000)]
+        task = asyncio.ensure_future(executor.run_cpu(len, arguments))
+        await asyncio.sleep(0)
+        executor.kill()
+        with pytest.raises(ExecutorClosedError):
+            await task
+        assert len(os.listdir("/proc/self/fd")) <= before

@@ -43,6 +43,8 @@ class Peer:
     def close(self) -> None:
         self.sock.close()
         self._decoder.close()
+        for frame in self._frames:
+            frame.close()
 
 
 class FakeWorker(Peer):
@@ -51,11 +53,13 @@ class FakeWorker(Peer):
     def __init__(self, number: int, sock: socket.socket, mark) -> None:
         super().__init__(sock)
         self.number = number
-        self.begin = mark
+        self._mark = mark
+        self._received = 0  # jobs
+        self._orders: dict[int, int] = {}  # of jobs, by number
 
     def close(self) -> None:
         super().close()
-        self.begin = None  # lets go of the page, which tracebacks would keep
+        self._mark = None  # lets go of the page, which tracebacks would keep
 
     def ready(self, pid: int = 4711) -> None:
         self.send(_wire.READY, 0, pid.to_bytes(8, "little"))
@@ -64,10 +68,27 @@ class FakeWorker(Peer):
         frame = await self.frame()
         assert frame is not None
         assert frame.kind == _wire.JOB
+        self._received += 1
+        self._orders[frame.number] = self._received  # anew, if it was taken back and sent again
         return frame
+
+    def begin(self, number: int) -> bool:
+        """Marks that a job begins; whether it may."""
+        return self._mark(self._orders[number])
+
+    def skip(self, frame: _wire.Frame) -> None:
+        """Replies that the job was revoked before it began."""
+        self.send(_wire.SKIPPED, self._orders[frame.number])
 
     def reply(self, frame: _wire.Frame, result: object) -> None:
         self.send(_wire.RESULT, frame.number, result_body(result))
+
+    def reply_alone(self, frame: _wire.Frame, result: object) -> None:
+        """Replies in a way that one receive does not join to what comes after it."""
+        data = b"".join(
+            _wire.encode(_wire.RESULT, frame.number, [result_body(result)], descriptors=1)
+        )
+        assert _descriptors.send(self.sock, [data], [self.sock.fileno()]) == len(data)
 
     def raise_(self, frame: _wire.Frame, error: BaseException) -> None:
         self.send(_wire.RAISED, frame.number, _raised.dumps(error))
@@ -117,7 +138,7 @@ class FakeServer:
         return FakeWorker(
             frame.number,
             socket.socket(fileno=channel),
-            lambda number: marks.begin(recipe.slot, number),
+            lambda order: marks.begin(recipe.slot, order),
         )
 
     async def killed(self) -> int:
