@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measures, prints the tables, writes the JSON document and the charts."""
+"""``python -m benchmarks``: measures, prints the tables, writes the JSON document, charts and README."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .figures import Results
 _HERE = Path(__file__).resolve().parent
 _CHARTS = _HERE.parent / "docs"
 _DOCUMENT = "results.json"
+_README = _HERE.parent / "README.md"
 
 
 def main() -> int:
@@ -49,6 +50,8 @@ def _write(found: dict[str, Any], options: argparse.Namespace) -> None:
     documents.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, ensure_ascii=False)
     (documents / _DOCUMENT).write_text(text + "\n", encoding="utf-8")
+    if options.output is None:
+        _README.write_text(report.in_readme(_README.read_text("utf-8"), found), "utf-8")
     for theme in chart.THEMES:
         path = charts / f"bench-{theme.name}.svg"
         path.write_text(chart.draw(found, theme), encoding="utf-8")

@@ -106,9 +106,9 @@ _OF_INTEREST = (
 )
 
 ARGUMENT = Row(
-    4, "64 MiB NumPy argument", argument, _OF_INTEREST, _UNITS, _argument_lines, rounds=5
+    4, "64 MiB NumPy argument", argument, _OF_INTEREST, _UNITS, _argument_lines, rounds=3
 )
-ECHO = Row(5, "64 MiB NumPy echo", echo, _on_chart(), _UNITS, _echo_lines, rounds=5)
+ECHO = Row(5, "64 MiB NumPy echo", echo, _on_chart(), _UNITS, _echo_lines, rounds=2)
 
 # --- 6: SharedBuffer -------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ SHARED = Row(
     everywhere("asynclam"),
     {"no-op": "s", "buffer": "s", "buffer, written and read": "s"},
     _shared_lines,
-    rounds=5,
+    rounds=3,
 )
 
 # --- 7: is the loop free? --------------------------------------------------------------------------
@@ -266,7 +266,7 @@ STALL = Row(
     ),
     {"idle": "s", "echo": "s", "release": "s"},
     _stall_lines,
-    rounds=4,
+    rounds=2,
 )
 
 # --- 8: memory -------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ MEMORY = Row(
     _OF_INTEREST,
     {"PSS added": "", "Shmem added": ""},
     _memory_lines,
-    rounds=5,
+    rounds=3,
 )
 
 ROWS = (ARGUMENT, ECHO, SHARED, STALL, MEMORY)

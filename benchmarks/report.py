@@ -51,6 +51,33 @@ def tables(found: Document) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+_BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
+
+
+def in_readme(readme: str, found: Document) -> str:
+    """The README with what was measured in its place."""
+    before, _, rest = readme.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    parts = [_BEGIN, _heading(found), _summary(found), _contestants(found), _END]
+    return before + "\n\n".join(parts) + after
+
+
+def _summary(found: Document) -> str:
+    """The goals, both loops side by side."""
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for line in found["goals"]:
+        if line["goal"]:
+            cells = rows.setdefault((str(line["row"]), line["what"], line["goal"]), {})
+            figure = line["figure"]
+            text = show(figure["median"], line["unit"]) if figure else "-"
+            cells[line["loop"]] = text if line["met"] else f"{text} (**not met**)"
+    table = [
+        (number, what, cells.get("asyncio") or cells[""], cells.get("uvloop", ""), goal)
+        for (number, what, goal), cells in rows.items()
+    ]
+    return _markdown(("#", "figure", "asyncio", "uvloop", "goal"), table)
+
+
 def _heading(found: Document) -> str:
     facts = found["machine"]
     text = (

@@ -37,7 +37,7 @@ class Row:
     places: tuple[Place, ...]
     units: Mapping[str, str]  # of each figure that ``measure`` returns
     lines: Callable[[Results], Iterable[Line]]
-    rounds: int = 7
+    rounds: int = 5
 
 
 def everywhere(name: str, variants: Iterable[str] = ("",)) -> tuple[Place, ...]:

@@ -17,7 +17,7 @@ from .rows import CHART_LOOP, LOOPS, Row, Task, everybody, everywhere, ours, pee
 _BURST = 200  # round trips in a row, before it is the other side's turn
 _SLOW = 0.002  # seconds a trip, from which on bursts are short
 _FEW = 5
-_AIM = 0.3  # seconds that one gather should take
+_AIM = 0.2  # seconds that one gather should take
 
 # --- 1: round trips --------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ async def round_trips(task: Task) -> Samples:
             burst = _FEW if slow else _BURST
             trips: list[float] = []
             pipe: list[float] = []
-            for _ in range(task.size(30, 3)):
+            for _ in range(task.size(15, 3)):
                 trips += await _trips(contestant, burst)
                 pipe += _ping_pongs(ping_pong, burst)
     return {"round trip": trips, "Pipe": pipe}
@@ -97,7 +97,7 @@ ROUND_TRIP = Row(
     tuple(placed for place in everybody() for placed in _placed(place)),
     {"round trip": "s", "Pipe": "s"},
     _round_trip_lines,
-    rounds=5,
+    rounds=3,
 )
 
 # --- 2: gather -------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _best_peer(results: Results, loop: str) -> Place | None:
 
 
 GATHER = Row(
-    2, "no-op jobs in a gather", gathered, everybody(), {"jobs": "1/s"}, _gather_lines, rounds=5
+    2, "no-op jobs in a gather", gathered, everybody(), {"jobs": "1/s"}, _gather_lines, rounds=3
 )
 
 # --- 3: map ----------------------------------------------------------------------------------------
@@ -178,14 +178,10 @@ MAP = Row(
     3,
     "map over tiny jobs",
     mapped,
-    (
-        *everywhere("asynclam"),
-        *everywhere("multiprocessing.Pool"),
-        *everywhere("lambda_multiprocessing"),
-    ),
+    (*everywhere("asynclam"), *everywhere("multiprocessing.Pool")),
     {"items": "1/s"},
     _map_lines,
-    rounds=5,
+    rounds=3,
 )
 
 # --- 14: a long queue ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ async def first_results(task: Task) -> Samples:
     """From the start of the interpreter to the line that the program prints, in turn."""
     taken: dict[str, list[float]] = {name: [] for name in (_OURS, _BARE, _POOL)}
     for name in taken:
-        _first_result(name)  # compiles it, and brings the files into memory
+        _first_result(name)  # compiles asynclam, and brings the files into memory
     for _ in range(task.size(8, 1)):
         for name, samples in taken.items():
             samples.append(_first_result(name))
@@ -39,7 +39,8 @@ def _first_result(program: str) -> float:
     with subprocess.Popen(
         [sys.executable, str(_PROGRAMS / f"{program}.py")],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        # As installed packages are: compiled, whatever this environment says (empty is unset).
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONDONTWRITEBYTECODE": ""},
     ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()

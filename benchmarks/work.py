@@ -82,7 +82,7 @@ SPEED_UP = Row(
     (*everywhere("asynclam"), *everywhere("ProcessPoolExecutor")),
     {"speed-up": "", "two bare processes": ""},
     _speed_up_lines,
-    rounds=5,
+    rounds=3,
 )
 
 # --- 13: S3 and CPU --------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ PIPELINE = Row(
     (*everywhere("asynclam"),),
     {_IO: "s", _CPU: "s", _ALL_CPU: "s", _BOTH: "s", _RATIO: ""},
     _pipeline_lines,
-    rounds=5,
+    rounds=3,
 )
 
 ROWS = (SPEED_UP, PIPELINE)
