@@ -20,6 +20,7 @@ from ._errors import PayloadError
 
 _LENGTH = struct.Struct("<I")
 _SMALL = 16 * 1024  # bytes of arguments that are sent in no time
+_MOST_IN_CHUNK = 64  # descriptors, of the 1,024 that both sides may have: several are on their way
 
 
 _NONE: Sequence[Any] = ()
@@ -145,6 +146,7 @@ class Call:
                 self._payload = payload = _payload.dumps(self._contents(), shares_main)
             except Exception as error:
                 raise _blame(fn, args, kwargs, flags, error, first=first) from error
+            self._refuse_many()
             if len(payload.parts) > 1 or payload.descriptors or len(payload.parts[0]) > _SMALL:
                 return
             self._small = bytes(payload.parts[0])
@@ -174,7 +176,18 @@ class Call:
             raise PayloadError(f"an argument of {name_of(fn)} cannot be sent: {error}") from error
         except Exception as error:
             raise _blame(fn, args, kwargs, flags, error, first=first) from error
+        call._refuse_many()
         return call
+
+    def _refuse_many(self) -> None:
+        """Refuses a chunk with many descriptors: it can be divided, a single call cannot."""
+        if self.is_chunk and len(self._args) > 1 and len(self.descriptors) > _MOST_IN_CHUNK:
+            refused = PayloadError(
+                f"{len(self.descriptors)} SharedBuffers in a chunk of {self.name}; "
+                f"{_MOST_IN_CHUNK} can travel at once: lower chunksize"
+            )
+            self.close()
+            raise refused
 
     def _contents(self) -> tuple[object, ...]:
         if self._head is _BY_VALUE:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from asynclam import SharedBuffer, _memory, _payload
+from asynclam import PayloadError, SharedBuffer, _call, _memory, _payload, _steps, _wire
 from tests.jobs import mapped_segments as mapped
 
 
@@ -102,6 +102,27 @@ def test_too_many_in_one_payload():
         with pytest.raises(pickle.PicklingError, match="250"):
             _payload.dumps(copies)
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("in_steps", [False, True], ids=["at once", "in steps"])
+def test_too_many_in_one_chunk(in_steps):
+    """A chunk takes fewer, because it can be divided; one item may have as many as can travel."""
+
+    def call(items):
+        if in_steps:
+            return _steps.run(_call.Call.steps(len, items, {}, flags=_wire.CHUNK | _wire.ITEMS))
+        return _call.Call(len, items, {}, flags=_wire.CHUNK | _wire.ITEMS)
+
+    with SharedBuffer(1) as original:
+        copies = [travel(original) for _ in range(65)]
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(PayloadError, match="65 SharedBuffers in a chunk"):
+            call(copies)
+        assert len(os.listdir("/proc/self/fd")) == before
+        for items in (copies[1:], [copies]):
+            accepted = call(items)
+            assert len(accepted.descriptors) >= 64
+            accepted.close()
 
 
 def test_plain_pickle_is_refused():
