@@ -129,7 +129,7 @@ def send(
 
 
 _MOST_BUFFERS = 1024  # of one send: IOV_MAX
-NOSIGNAL = int(getattr(socket, "MSGNOSIGNAL", 0))  # not on macOS, where Python ignores SIGPIPE
+NOSIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))  # not on macOS, where Python ignores SIGPIPE
 
 
 def _replace_private_in_child() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import signal
 import socket
 import threading
 
@@ -175,6 +176,19 @@ async def test_sending_to_the_dead(ends):
         ends.channel.send(frame(number, bytes(1 << 20)))
     await ends.until(lambda: ends.reasons)
     assert len(ends.reasons) == 1
+
+
+@pytest.mark.parametrize("descriptors", [(), (0,)], ids=["bytes", "descriptors"])
+async def test_a_broken_pipe_is_no_signal(ends, descriptors):
+    """SIGPIPE, which many programs set to its default, kills nobody who sends to the dead."""
+    ends.theirs.close()
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        ends.channel.send(_wire.encode(_wire.KILL, 1, descriptors=len(descriptors)), descriptors)
+        with pytest.raises(BrokenPipeError):
+            _worker.send_all(ends.channel._sock, [b"a reply"], descriptors)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 async def test_a_death_with_much_unread(ends):
