@@ -333,9 +333,9 @@ class Executor:
 
     def prepare(self) -> None:
         """Starts the fork server now; see :func:`asynclam.prepare`."""
-        from . import _forkserver
+        from . import _forkserver, _server
 
-        if self._max_workers and _forkserver.role == "loop process":
+        if self._max_workers and _server.role == "loop process":
             from . import _pool  # noqa: F401 - else the first job would wait for it
 
             _forkserver.ensure(self._start_method)

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, overload
 
-from . import _call, _forkserver
+from . import _call, _server
 from ._default import default_executor, set_default_executor
 from ._executor import Executor
 
@@ -92,7 +92,7 @@ class Handler(Generic[Event, Context, Result]):
         Raises:
             Exception: what the lifespan raises.
         """
-        if _forkserver.role == "loop process":
+        if _server.role == "loop process":
             self._refuse_running_loop()
             self._started()
 

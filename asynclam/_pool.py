@@ -52,6 +52,7 @@ from . import _forkserver, _memory, _payload, _raised, _wire
 from ._channel import Channel
 from ._errors import AsynclamError, ExecutorClosedError, WorkerDiedError, WorkerStartError
 from ._job import Job
+from ._recipe import Recipe
 from ._turns import Rota, Work
 from ._worker import Marks
 
@@ -523,7 +524,7 @@ class Pool:
             self._start_failed(error)
             return
         worker = _Worker(self._slots.pop())
-        recipe = _forkserver.Recipe(worker.slot, self._plan.initializer, self._preload())
+        recipe = Recipe(worker.slot, self._plan.initializer, self._preload())
         start = _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=2)
         worker.channel = Channel(
             self.loop, ours, partial(self._on_frames, worker), partial(self._on_end, worker)

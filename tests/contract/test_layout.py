@@ -26,14 +26,16 @@ ARROWS = {
     "_worker": {
         "_call", "_descriptors", "_payload", "_raised", "_segments", "_steps", "_wire", "_errors",
     },
-    "_forkserver": {"_descriptors", "_memory", "_wire", "_worker"},
+    "_recipe": set(),
+    "_server": {"_descriptors", "_memory", "_recipe", "_wire", "_worker"},
+    "_forkserver": {"_descriptors", "_server", "_worker"},
     # ---- the asyncio line: nothing above this comment imports asyncio or anyio ----
     "_channel": {"_descriptors", "_wire", "_worker"},
     "_turns": set(),
     "_job": {"_call", "_payload", "_raised", "_steps", "_wire", "_errors"},
     "_pool": {
         "_call", "_channel", "_errors", "_forkserver", "_job", "_memory", "_payload", "_raised",
-        "_segments", "_turns", "_wire", "_worker",
+        "_recipe", "_segments", "_turns", "_wire", "_worker",
     },
     "_inline": {"_call", "_errors", "_job", "_steps", "_turns", "_wire", "_worker"},
     "_chunks": set(),
@@ -43,10 +45,10 @@ ARROWS = {
     "_statistics": set(),
     "_executor": {
         "_call", "_chunks", "_environment", "_errors", "_forkserver", "_inline", "_job", "_payload",
-        "_pool", "_sources", "_statistics", "_steps", "_streams", "_threads", "_wire",
+        "_pool", "_server", "_sources", "_statistics", "_steps", "_streams", "_threads", "_wire",
     },
     "_default": {"_executor", "_sources", "_streams"},
-    "_handler": {"_call", "_default", "_executor", "_forkserver"},
+    "_handler": {"_call", "_default", "_executor", "_server"},
     "s3": {"_default", "_memory", "_streams"},
     "_cli": {"_demo"},
     "__main__": {"_cli"},

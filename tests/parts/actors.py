@@ -124,13 +124,13 @@ class FakeServer:
 
     async def worker(self) -> FakeWorker:
         """Waits until the pool asks for a worker, and is it."""
-        from asynclam import _forkserver, _memory, _worker
+        from asynclam import _memory, _recipe, _worker
 
         frame = await self.control.frame()
         while frame is not None and frame.kind == _wire.KILL:  # of one that has died by itself
             frame = await self.control.frame()
         assert frame is not None
-        recipe = _forkserver.Recipe.loads(frame.body)
+        recipe = _recipe.Recipe.loads(frame.body)
         channel, page = frame.descriptors
         marks = _worker.Marks(_memory.map_segment(page))
         frame.descriptors = [page]
