@@ -15,9 +15,11 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _descriptors, _server
+from ._life import Life
 from ._worker import flush
 
 if TYPE_CHECKING:
@@ -28,10 +30,19 @@ if TYPE_CHECKING:
 
 
 class ForkServer:
-    """The loop process's handle of its fork server."""
+    """The loop process's handle of its fork server.
 
-    def __init__(self, master: socket.socket, process: int | subprocess.Popen[bytes]) -> None:
+    Args:
+        master: the connection whose end of file ends it.
+        life: of which it has the other end.
+        process: its pid if it was forked from this process.
+    """
+
+    def __init__(
+        self, master: socket.socket, life: Life, process: int | subprocess.Popen[bytes]
+    ) -> None:
         self._master = master
+        self._life = life
         self._process = process
         self._owner = os.getpid()
 
@@ -73,6 +84,7 @@ class ForkServer:
                 os.kill(self.pid, signal.SIGKILL)  # stopped, or stuck in a preloaded module
             self._reap()
             _descriptors.unmark(master.fileno())
+        self._life.end()
 
     def _reap(self) -> None:
         if not isinstance(self._process, int):
@@ -110,7 +122,7 @@ def ensure(method: StartMethod) -> ForkServer:
         method = _resolved(method)
         server = _servers.get(method)
         if server is None:
-            server = _servers[method] = _fork() if method == "fork" else _spawn()
+            server = _servers[method] = _start(_fork if method == "fork" else _spawn)
         return server
 
 
@@ -172,37 +184,43 @@ def _has_free_descriptors() -> bool:
     return most < 0 or len(_descriptors.open_descriptors()) < most // 2
 
 
-def _fork() -> ForkServer:
+def _start(start: Callable[[socket.socket, int], int | subprocess.Popen[bytes]]) -> ForkServer:
+    """Starts a server with its ends of the master connection and of a life pipe."""
     flush()
     ours, theirs = socket.socketpair()
     with theirs:
         try:
-            pid = _fork_child(theirs)
+            life = Life()
+            try:
+                process = start(theirs, life.given)
+            finally:
+                life.handed_over()
         except BaseException:
             ours.close()
             raise
     _descriptors.private(ours.fileno())
-    return ForkServer(ours, pid)
+    return ForkServer(ours, life, process)
 
 
-def _fork_child(master: socket.socket) -> int:
+def _fork(master: socket.socket, life: int) -> int:
     # A signal between the fork and the reset of the handlers would run the parent's in the child.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    parent = os.getpid()
     try:
         pid = os.fork()
         if not pid:
-            _in_child(master)
+            _in_child(master, life, parent)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
 
 
-def _in_child(master: socket.socket) -> NoReturn:
+def _in_child(master: socket.socket, life: int, parent: int) -> NoReturn:
     try:
         os.setsid()
-        _descriptors.replace_inherited({master.fileno(), *_output_descriptors()})
+        _descriptors.replace_inherited({master.fileno(), life, *_output_descriptors()})
         _forget_parent()
-        _server.serve(master, preload=False)
+        _server.serve(master, life, parent, preload=False)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -237,37 +255,26 @@ def _descriptor_of(file: Any) -> set[int]:
         return set()
 
 
-def _spawn() -> ForkServer:
+def _spawn(master: socket.socket, life: int) -> subprocess.Popen[bytes]:
     import subprocess
 
-    flush()
-    ours, theirs = socket.socketpair()
+    descriptors = master.fileno(), life
     command = [
         sys.executable,
         *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
         "-c",
         _SPAWNED,
-        str(theirs.fileno()),
+        *map(str, (*descriptors, os.getpid())),
         *sys.path,
     ]
-    with theirs:
-        try:
-            process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except BaseException:
-            ours.close()
-            raise
-    _descriptors.private(ours.fileno())
-    return ForkServer(ours, process)
+    return subprocess.Popen(
+        command, pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 _SPAWNED = (
-    "import sys; sys.path[:] = sys.argv[2:]; "
-    "from asynclam._server import serve_spawned; serve_spawned(int(sys.argv[1]))"
+    "import sys; sys.path[:] = sys.argv[4:]; "
+    "from asynclam._server import serve_spawned; serve_spawned(*map(int, sys.argv[1:4]))"
 )
 
 

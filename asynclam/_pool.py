@@ -52,6 +52,7 @@ from . import _forkserver, _memory, _payload, _raised, _wire
 from ._channel import Channel
 from ._errors import AsynclamError, ExecutorClosedError, WorkerDiedError, WorkerStartError
 from ._job import Job
+from ._life import Life
 from ._recipe import Recipe
 from ._turns import Rota, Work
 from ._worker import Marks
@@ -102,10 +103,12 @@ class _Worker:
     """What the pool knows of one worker."""
 
     __slots__ = (
+        "bound",
         "cause",
         "channel",
         "expected",
         "jobs",
+        "life",
         "number",
         "orphan",
         "pid",
@@ -135,6 +138,8 @@ class _Worker:
         self.status: int | None = None  # wait status, once the fork server has told it
         self.cause: BaseException | None = None  # what its initializer raised
         self.orphan = False  # its fork server is dead
+        self.life: Life
+        self.bound = False  # whether the end of that ends it
 
 
 class Pool:
@@ -256,6 +261,7 @@ class Pool:
             if worker.orphan:
                 _kill_orphan(worker)
             self._stop_timers(worker)
+            worker.life.end()
         self._workers.clear()
         self._close_page()
         for timer in (self._last_call, self._watch):
@@ -519,19 +525,21 @@ class Pool:
     def _start_worker(self) -> None:
         try:
             control = self._connect()
-            ours, theirs = socket.socketpair()
+            ours, theirs, life = _connections()
         except (OSError, ValueError) as error:  # ValueError: ASYNCLAM_SEGMENTS makes no sense
             self._start_failed(error)
             return
         worker = _Worker(self._slots.pop())
         recipe = Recipe(worker.slot, self._plan.initializer, self._preload())
-        start = _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=2)
+        start = _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=3)
+        worker.life = life
         worker.channel = Channel(
             self.loop, ours, partial(self._on_frames, worker), partial(self._on_end, worker)
         )
         self._workers[worker.number] = worker
         self._marks.clear(worker.slot)
-        control.send(start, [theirs.fileno(), self._page], theirs.close)
+        descriptors = [theirs.fileno(), self._page, life.given]
+        control.send(start, descriptors, partial(_handed_over, theirs, life))
 
     def _preload(self) -> tuple[str, ...]:
         modules = {job.call.module for job in self._queue.values()} - {""}
@@ -681,6 +689,7 @@ class Pool:
             return
         if frame.kind == _wire.READY and worker.state is _STARTING:
             worker.pid = int.from_bytes(frame.body, "little")
+            worker.bound = bool(frame.flags & _wire.BOUND)
             self._failed_starts = 0
             self._refill(worker)
             self._dispatch()
@@ -772,6 +781,7 @@ class Pool:
         if worker in self._idle:
             self._idle.remove(worker)
         self._stop_timers(worker)
+        worker.life.end()
         begun = self._marks.begun(worker.slot)
         self._slots.append(worker.slot)
         if worker.state is _STARTING:
@@ -809,6 +819,7 @@ class Pool:
             self._tell_kill(worker)
 
     def _tell_kill(self, worker: _Worker) -> None:
+        worker.life.end()  # at once, while the fork server may be busy, or stopped
         if self._control is not None:
             self._control.send(_wire.encode(_wire.KILL, worker.number))
 
@@ -847,10 +858,29 @@ class Pool:
             self._closing.set_result(None)
 
 
+def _connections() -> tuple[socket.socket, socket.socket, Life]:
+    """For a worker: our end of its channel, its own, and its life pipe.
+
+    Raises:
+        OSError: no descriptor is left.
+    """
+    life = Life()
+    try:
+        return *socket.socketpair(), life
+    except OSError:
+        life.handed_over()
+        raise
+
+
+def _handed_over(channel: socket.socket, life: Life) -> None:
+    channel.close()
+    life.handed_over()
+
+
 def _kill_orphan(worker: _Worker) -> None:
-    # Init reaps it, so its pid may be another's by now; that its channel was open just before
-    # makes this as good as certain, and nobody else is left to do it.
-    if worker.pid is not None:
+    # Where the end of its life does not. Init reaps it, so its pid may be another's by now; that its
+    # channel was open just before makes this as good as certain, and nobody else is left to do it.
+    if worker.pid is not None and not worker.bound:
         try:
             os.killpg(worker.pid, signal.SIGKILL)
         except OSError:

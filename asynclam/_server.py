@@ -14,6 +14,11 @@ a pid that it names cannot have been given to another process.
 A worker is told to end by closing its channel. KILL is SIGKILL to its process group, so that what
 a job has spawned ends with it. When a control connection ends, the pool is gone: its workers are
 killed. When the master ends, the loop process is gone: all are killed, and the server ends.
+
+Both are ends of file, which a process that was forked behind Python's back (by a C library, without
+an exec) would delay as long as it lives: so the server watches its parent, too. And both need a
+server that runs: if it is stopped, or was killed with the loop process, the life pipes remain
+(:mod:`._life`), of which the server has one and each worker has one.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from . import _descriptors, _wire
+from . import _descriptors, _life, _wire
 from ._memory import map_segment
 from ._recipe import Recipe
 from ._worker import Marks, Worker, after_fork, flush, send_all
@@ -40,26 +45,35 @@ if TYPE_CHECKING:
 role: Literal["loop process", "fork server", "worker"] = "loop process"
 
 
-def serve_spawned(descriptor: int) -> NoReturn:
-    """Entry point of a spawned fork server."""
+def serve_spawned(master: int, life: int, parent: int) -> NoReturn:
+    """Entry point of a spawned fork server; its arguments are those of :func:`serve`."""
     import warnings
 
     # A preloaded module may start threads (BLAS does), which Python 3.12 warns of at each fork.
     warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
     try:
-        os.set_inheritable(descriptor, False)
-        serve(socket.socket(fileno=descriptor), preload=True)
+        for descriptor in (master, life):
+            os.set_inheritable(descriptor, False)
+        serve(socket.socket(fileno=master), life, parent, preload=True)
     finally:
         os._exit(1)
 
 
-def serve(master: socket.socket, *, preload: bool) -> NoReturn:
-    """Runs the fork server until the master connection ends."""
+def serve(master: socket.socket, life: int, parent: int, *, preload: bool) -> NoReturn:
+    """Runs the fork server until the master connection ends.
+
+    Args:
+        master: the connection to the loop process.
+        life: its end of the life pipe.
+        parent: the pid of the loop process.
+        preload: whether it imports what its first worker needs.
+    """
     global role
     role = "fork server"
     _detach_signals()
     try:
-        _Server(master, preload=preload).run()
+        _life.depend_on(life)
+        _Server(master, parent, preload=preload).run()
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -93,8 +107,9 @@ class _Client:
 
 
 class _Server:
-    def __init__(self, master: socket.socket, *, preload: bool) -> None:
+    def __init__(self, master: socket.socket, parent: int, *, preload: bool) -> None:
         self._master = master
+        self._parent = parent
         self._preload = preload
         self._clients: dict[int, _Client] = {}  # by descriptor of the control connection
         self._owners: dict[int, tuple[_Client, int]] = {}  # pid -> whose worker, which number
@@ -106,9 +121,14 @@ class _Server:
         self._poll = select.poll()
         for sock in (self._master, self._wakeup):
             self._poll.register(_descriptors.private(sock.fileno()), select.POLLIN)
+        self._parent_watch = _watch(parent)
+        if self._parent_watch >= 0:
+            self._poll.register(self._parent_watch, select.POLLIN)
 
     def run(self) -> NoReturn:
         while True:
+            if os.getppid() != self._parent:
+                self._end()
             for descriptor, _ in self._poll.poll():
                 if descriptor == self._wakeup.fileno():
                     self._wakeup.recv(4096)
@@ -117,6 +137,7 @@ class _Server:
                     self._accept()
                 elif descriptor in self._clients:
                     self._read(self._clients[descriptor])
+                # else the parent has ended, which the next turn finds
 
     def _accept(self) -> None:
         nbytes, descriptors, _ = _descriptors.receive(self._master, memoryview(bytearray(1)))
@@ -205,6 +226,14 @@ class _Server:
                 client.report(_wire.EXITED, number, status)
 
 
+def _watch(parent: int) -> int:
+    """A descriptor that is readable when the parent has ended; -1 where there is none."""
+    try:
+        return _descriptors.private(os.pidfd_open(parent))
+    except (AttributeError, OSError):  # not on macOS; forbidden; or it has ended already
+        return -1
+
+
 def _kill_group(pid: int) -> None:
     try:
         os.killpg(pid, signal.SIGKILL)
@@ -248,12 +277,13 @@ def _become_worker(recipe: Recipe, frame: _wire.Frame) -> NoReturn:
         os.setpgid(0, 0)
         after_fork()
         assert frame.descriptors
-        channel, page = frame.descriptors
+        channel, page, life = frame.descriptors
+        bound = _life.depend_on(life, group=True)
         _descriptors.private(channel)
         marks = Marks(map_segment(page))
         os.close(page)
         begin = partial(marks.begin, recipe.slot)
-        Worker(socket.socket(fileno=channel), begin).serve(recipe.initialize)
+        Worker(socket.socket(fileno=channel), begin).serve(recipe.initialize, bound=bound)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -35,7 +35,7 @@ REFUSED = 5  # the call names something that this worker does not know; nothing 
 SKIPPED = 6  # the job was revoked before it began; number: its place in the order of jobs
 FAILED = 7  # the initializer raised; the worker ends
 # loop process to fork server
-START = 8  # fork a worker; descriptors: its end of the channel, the page of marks
+START = 8  # fork a worker; descriptors: its ends of the channel and of the life pipe, the page
 KILL = 9  # SIGKILL to the worker and its process group
 # fork server to loop process
 EXITED = 10  # the worker ended; the body is its wait status
@@ -48,6 +48,8 @@ CHUNK = 1  # the arguments are a list of calls, the result is the list of their 
 KEEP_ERRORS = 2  # in a chunk, an exception is the result of its item
 ITEMS = 16  # in a chunk, calls have one argument each: they are a list of these
 BY_VALUE = 4  # the second try of a refused call: nothing is left to fall back on
+# A flag of READY
+BOUND = 1  # the life pipe ends this worker; without it, only a signal to its pid does
 # Flags of any frame with a payload
 BUFFERS = 8  # the payload has out-of-band buffers
 SEGMENT = 32  # the payload is in a segment, and a record in its place says in which

@@ -82,13 +82,19 @@ class Worker:
         self._begin = begin
         self._pid = os.getpid()
 
-    def serve(self, initializer: Callable[[], object]) -> NoReturn:
-        """Runs jobs until end of file. Never returns: the frames below are the fork server's."""
+    def serve(self, initializer: Callable[[], object], *, bound: bool) -> NoReturn:
+        """Runs jobs until end of file. Never returns: the frames below are the fork server's.
+
+        Args:
+            initializer: called first.
+            bound: whether the life pipe ends this process, which the loop process is told.
+        """
         code = 0
         try:
             note_forks()
             if self._initialize(initializer):
-                self._reply(_wire.READY, 0, [self._pid.to_bytes(8, "little")])
+                pid, flags = self._pid.to_bytes(8, "little"), _wire.BOUND if bound else 0
+                self._reply(_wire.READY, 0, [pid], flags)
                 self._serve()
         except OSError:
             pass  # the loop process is gone

@@ -131,9 +131,9 @@ class FakeServer:
             frame = await self.control.frame()
         assert frame is not None
         recipe = _recipe.Recipe.loads(frame.body)
-        channel, page = frame.descriptors
+        channel, page, life = frame.descriptors
         marks = _worker.Marks(_memory.map_segment(page))
-        frame.descriptors = [page]
+        frame.descriptors = [page, life]
         frame.close()
         return FakeWorker(
             frame.number,
