@@ -33,15 +33,24 @@ class WorkerDiedError(AsynclamError):
         pid: process id of the worker; ``None`` where it is not known.
         exitcode: its exit code; ``None`` if a signal ended it or it is not known.
         signal: number of the signal that ended it; ``None`` if it exited.
+        tries: how many workers have died while they ran it; more than 1 if it was retried.
     """
 
     def __init__(
-        self, job: str, *, pid: int | None, exitcode: int | None = None, signal: int | None = None
+        self,
+        job: str,
+        *,
+        pid: int | None,
+        exitcode: int | None = None,
+        signal: int | None = None,
+        tries: int = 1,
     ) -> None:
         self.job, self.pid, self.exitcode, self.signal = job, pid, exitcode, signal
+        self.tries = tries
+        again = f" (tried {tries} times)" if tries > 1 else ""
         super().__init__(
-            f"worker {pid if pid is not None else '(pid unknown)'} {self._end()} while it ran {job}; "
-            f"{self._advice()}"
+            f"worker {pid if pid is not None else '(pid unknown)'} {self._end()} while it ran "
+            f"{job}{again}; {self._advice()}"
         )
 
     def _end(self) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 # What a job does not need is imported where it is used: a program waits for its first result.
 from . import _call, _environment, _payload, _steps, _wire
 from ._errors import ExecutorClosedError, PayloadError
+from ._job import USUAL, Terms
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -64,6 +65,8 @@ class Executor:
         TypeError: ``max_workers`` is no integer, or ``initializer`` cannot be called.
         PayloadError: the initializer or its arguments cannot be pickled.
     """
+
+    _terms: Terms = USUAL  # of its jobs; a view has its own
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class Executor:
         else:
             call = _call.Call(fn, args, kwargs, shares_main=self._shares_main)
         del fn, args, kwargs  # the call has them, and 100,000 coroutines may wait here
-        job = pool.submit(call)
+        job = pool.submit(call, self._terms)
         del call
         try:
             return await job.future  # type: ignore[no-any-return]
@@ -254,7 +257,7 @@ class Executor:
         else:
             call = _call.Call(fn, chunk, {}, flags=flags, shares_main=shares_main, first=first)
         weight = call.weight  # before it is sent, and gone
-        job = pool.submit(call)
+        job = pool.submit(call, self._terms)
         job.future.add_done_callback(
             partial(_chunk_done, pool, job, weight, partial(lengths.measured, len(chunk)))
         )
@@ -265,6 +268,27 @@ class Executor:
         map_io = staticmethod(map_io)
     else:
         map_io = _MapIO()
+
+    def options(self, *, retries: int = 0) -> Executor:
+        """This executor, with other terms for the jobs that are given to it here.
+
+            await executor.options(retries=2).run_cpu(resize, image)
+
+        It has the same workers, limits and life: closing one closes the other. Making it costs
+        nothing to speak of.
+
+        Args:
+            retries: how often a job is begun again, in another worker, that had begun in a worker
+                that died; for functions that may run twice. The error of the last try says how
+                many there were. A chunk of ``map_cpu`` is begun again as a whole. A job that had
+                not begun is not lost with its worker anyway, and what a function raises is its
+                outcome: neither counts.
+
+        Raises:
+            TypeError: ``retries`` is no integer.
+            ValueError: it is negative.
+        """
+        return _View(self, Terms(_checked_retries(retries)))
 
     # --- which pool ------------------------------------------------------------------------------
 
@@ -353,11 +377,16 @@ class Executor:
             workers_busy=self._count("busy"),
             jobs_queued=self._queued(),
             jobs_running=self._running(),
-            jobs_completed=sum(pool.completed for pool in self._pools),
-            worker_deaths=sum(pool.deaths for pool in self._pools),
+            jobs_completed=self._counted("completed"),
+            jobs_cancelled=self._counted("cancelled"),
+            jobs_retried=self._counted("retries"),
+            worker_deaths=self._counted("deaths"),
             threads_busy=self._threads.busy,
             threads_abandoned=self._threads.abandoned,
         )
+
+    def _counted(self, what: str) -> int:
+        return sum(getattr(pool.counts, what) for pool in self._pools)
 
     def _count(self, state: str) -> int:
         return sum(pool.count(state) for pool in self._pools)
@@ -430,6 +459,20 @@ class Executor:
                 _kill_in_loop(pool)
 
 
+class _View(Executor):
+    """An executor with terms of its own, and all the rest in common with another."""
+
+    __slots__ = ("_executor", "_terms")
+
+    def __init__(self, executor: Executor, terms: Terms) -> None:
+        self.__dict__ = executor.__dict__
+        self._executor = executor  # lives as long: it kills its workers when it is dropped
+        self._terms = terms
+
+    def __del__(self) -> None:
+        pass  # nothing is its own
+
+
 def _limit(max_workers: int, pools: list[Pool | InlinePool], pool: Pool) -> int:
     """How many workers ``pool`` may have: all share ``max_workers``, each has one at least.
 
@@ -480,6 +523,14 @@ def _pickled_initializer(
             f"the initializer {_call.name_of(initializer)} or its arguments cannot be sent to "
             f"a worker: {type(error).__name__}: {error}; pass plain data"
         ) from error
+
+
+def _checked_retries(retries: int) -> int:
+    if not isinstance(retries, int) or isinstance(retries, bool):
+        raise TypeError(f"retries is an integer, not {retries!r}")
+    if retries < 0:
+        raise ValueError(f"retries must not be negative, got {retries}; 0 tries once")
+    return retries
 
 
 def _checked_workers(max_workers: int | None) -> int:

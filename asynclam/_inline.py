@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import _steps, _wire, _worker
 from ._errors import PayloadError
-from ._job import Job
+from ._job import USUAL, Counts, Job, Terms
 from ._turns import Rota
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 class InlinePool:
     """Has the verbs of :class:`asynclam._pool.Pool`, and no workers."""
 
-    alive = queued = running = deaths = 0
+    alive = queued = running = 0
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
         self.rota = Rota(loop)
-        self.completed = 0
+        self.counts = Counts()
 
-    def submit(self, call: Call) -> Job:
+    def submit(self, call: Call, terms: Terms = USUAL) -> Job:
         """Runs the call and settles it, before it returns."""
-        job = Job(call, self.loop.create_future())
+        job = Job(call, self.loop.create_future(), terms)
         reply = self._run(job)
         if reply.kind == _wire.REFUSED:
             try:
@@ -42,7 +42,7 @@ class InlinePool:
                 job.fail(error)
                 return job
             reply = self._run(job)
-        self.completed += 1
+        self.counts.completed += 1
         if reply.flags & _wire.PIECES:
             _steps.run(job.receive_steps(reply, os.getpid()))
         else:

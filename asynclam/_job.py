@@ -1,4 +1,4 @@
-"""Jobs: a call, the future of its one outcome, and what becomes of the reply."""
+"""Jobs: a call, its terms, the future of its one outcome, what becomes of the reply, and counts of these."""
 
 from __future__ import annotations
 
@@ -18,31 +18,63 @@ _EMPTY = bytearray()
 _numbers = itertools.count(1)  # 0 means none, on the page of marks
 
 
+class Terms:
+    """What a caller has said of his jobs; see :meth:`asynclam.Executor.options`."""
+
+    __slots__ = ("retries",)
+
+    def __init__(self, retries: int) -> None:
+        self.retries = retries
+
+
+USUAL = Terms(0)
+
+
+class Counts:
+    """What has become of a pool's jobs and workers, since it was made.
+
+    Attributes:
+        completed: jobs that were replied to.
+        cancelled: jobs that were cancelled before they had ended.
+        retries: how often a job was begun again.
+        deaths: workers that died while they had a job.
+    """
+
+    __slots__ = ("cancelled", "completed", "deaths", "retries")
+
+    def __init__(self) -> None:
+        self.cancelled = self.completed = self.deaths = self.retries = 0
+
+
 class Job:
     """One call of a function in a worker.
 
     Attributes:
         call: what is called.
+        terms: what the caller has said of it.
         future: its outcome.
         number: names it on the channel and on the page of marks.
         worker: who has it; ``None`` while it waits, and once it has ended.
         order: its place among the jobs that the worker was sent.
         expected: how long it is expected to run, in microseconds.
         losses: how many workers have died with it next in turn.
+        tries: how many have died while they ran it.
         elapsed: how long it has run, in microseconds; 0 until it has ended.
         weight: bytes that the reply to a chunk takes.
     """
 
     __slots__ = (
-        "call", "elapsed", "expected", "future", "losses", "number", "order", "weight", "worker",
+        "call", "elapsed", "expected", "future", "losses", "number", "order", "terms", "tries",
+        "weight", "worker",
     )  # fmt: skip
 
-    def __init__(self, call: Call, future: Future[Any]) -> None:
+    def __init__(self, call: Call, future: Future[Any], terms: Terms = USUAL) -> None:
         self.call = call
+        self.terms = terms
         self.future = future
         self.number = next(_numbers)
         self.worker: Any = None
-        self.order = self.expected = self.losses = self.elapsed = self.weight = 0
+        self.order = self.expected = self.losses = self.tries = self.elapsed = self.weight = 0
 
     @property
     def name(self) -> str:

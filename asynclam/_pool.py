@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING
 from . import _forkserver, _memory, _payload, _raised, _wire
 from ._channel import Channel
 from ._errors import AsynclamError, ExecutorClosedError, WorkerDiedError, WorkerStartError
-from ._job import Job
+from ._job import USUAL, Counts, Job, Terms
 from ._life import Life
 from ._recipe import Recipe
 from ._turns import Rota, Work
@@ -148,8 +148,7 @@ class Pool:
     def __init__(self, loop: AbstractEventLoop, plan: Plan) -> None:
         self.loop = loop
         self.rota = Rota(loop)  # of the large payloads
-        self.deaths = 0
-        self.completed = 0
+        self.counts = Counts()
         self._plan = plan
         self._queue: OrderedDict[int, Job] = OrderedDict()  # by number, in order
         self._workers: dict[int, _Worker] = {}  # all whose end has not been told
@@ -173,9 +172,9 @@ class Pool:
 
     # --- what the executor asks ------------------------------------------------------------------
 
-    def submit(self, call: Call) -> Job:
+    def submit(self, call: Call, terms: Terms = USUAL) -> Job:
         """Hands a call to a worker, now or as soon as one is free."""
-        job = Job(call, self.loop.create_future())
+        job = Job(call, self.loop.create_future(), terms)
         if self._queue:  # so nobody has room for another
             self._queue[job.number] = job
             if self._may_grow:
@@ -202,6 +201,7 @@ class Pool:
 
     def cancel(self, job: Job) -> None:
         """Stops the work on a job whose future is done: drops it, or kills the worker that has it."""
+        self.counts.cancelled += 1
         self._queue.pop(job.number, None)
         worker = job.worker
         if job.number in self._arriving:
@@ -647,7 +647,7 @@ class Pool:
         job = jobs.popleft()
         job.worker = None
         worker.expected -= job.expected
-        self.completed += 1
+        self.counts.completed += 1
         if job.call.kind is not None:
             self._learn(job.call.kind, frame.elapsed)
         self._refill(worker)
@@ -787,23 +787,29 @@ class Pool:
         if worker.state is _STARTING:
             self._start_failed(worker.cause or _death("nothing yet", worker))
         elif worker.jobs:
-            self.deaths += 1
+            self.counts.deaths += 1
             self._settle(worker, begun)
         self._dispatch()
 
     def _settle(self, worker: _Worker, begun: int) -> None:
-        """Fails the job that a dead worker had begun; those after it run elsewhere."""
+        """Fails the job that a dead worker had begun, or retries it; those after it run elsewhere."""
         first = worker.jobs[0]
         if first.order > begun:  # it had begun none of them
             first.losses += 1
             if first.losses == _MOST_LOSSES:
                 begun = first.order
         self._queue_again(worker, begun)
-        for job in worker.jobs:
-            error = _death(job.name, worker)
+        while worker.jobs:
+            job = worker.jobs.pop()
+            job.tries += 1
+            if job.tries <= job.terms.retries and not job.future.done():
+                self.counts.retries += 1
+                job.losses = 0
+                self._requeue(worker, job)
+                continue
+            error = _death(job.name, worker, job.tries)
             error.__cause__ = worker.cause
             job.fail(error)
-        worker.jobs.clear()
 
     def _kill(self, worker: _Worker) -> None:
         worker.state = _DYING
@@ -887,13 +893,14 @@ def _kill_orphan(worker: _Worker) -> None:
             pass
 
 
-def _death(job: str, worker: _Worker) -> WorkerDiedError:
-    status = worker.status
+def _death(job: str, worker: _Worker, tries: int = 1) -> WorkerDiedError:
+    status, pid = worker.status, worker.pid
     if status is None:
-        return WorkerDiedError(job, pid=worker.pid)
+        return WorkerDiedError(job, pid=pid, tries=tries)
     if os.WIFSIGNALED(status):
-        return WorkerDiedError(job, pid=worker.pid, signal=os.WTERMSIG(status))
-    return WorkerDiedError(job, pid=worker.pid, exitcode=os.waitstatus_to_exitcode(status))
+        return WorkerDiedError(job, pid=pid, tries=tries, signal=os.WTERMSIG(status))
+    exitcode = os.waitstatus_to_exitcode(status)
+    return WorkerDiedError(job, pid=pid, tries=tries, exitcode=exitcode)
 
 
 def _advice(cause: BaseException | None) -> str:

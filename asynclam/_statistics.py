@@ -20,6 +20,8 @@ class Statistics:
         jobs_queued: jobs that no worker has yet.
         jobs_running: jobs that a worker has.
         jobs_completed: jobs that a worker has replied to, with a result or an exception.
+        jobs_cancelled: jobs that were cancelled before they had ended.
+        jobs_retried: how often a job was begun again (``options(retries=n)``).
         worker_deaths: workers that died while they had a job.
         threads_busy: threads of ``run_blocking``, abandoned ones among them.
         threads_abandoned: those whose caller was cancelled; they run until the function returns.
@@ -32,6 +34,8 @@ class Statistics:
     jobs_queued: int
     jobs_running: int
     jobs_completed: int
+    jobs_cancelled: int
+    jobs_retried: int
     worker_deaths: int
     threads_busy: int
     threads_abandoned: int

@@ -14,81 +14,15 @@ from asynclam import (
     WorkerDiedError,
     WorkerStartError,
     _call,
-    _forkserver,
     _memory,
     _pool,
     _steps,
     _wire,
 )
-from asynclam._pool import Plan, Pool
+from asynclam._pool import Pool
 from tests import jobs
-from tests.parts.actors import FakeServer, call_of, result_body
-
-
-class Stage:
-    """A pool of two workers, and the server that it talks to."""
-
-    def __init__(self, limit=2):
-        self.servers = [FakeServer()]
-        self.jobs = []
-        self.pool = Pool(asyncio.get_running_loop(), Plan("fork", b"", lambda pool: limit))
-
-    @property
-    def server(self):
-        return self.servers[-1]
-
-    def submit(self, value=1):
-        return self.submit_call(_call.Call(jobs.echo, (value,), {}))
-
-    def submit_call(self, call):
-        self.jobs.append(self.pool.submit(call))
-        return self.jobs[-1]
-
-    async def ready_worker(self, pid=4711):
-        worker = await self.server.worker()
-        worker.ready(pid)
-        return worker
-
-    async def busy(self, value=1):
-        """A job, the worker that has read it, and the frame."""
-        job = self.submit(value)
-        worker = await self.ready_worker()
-        return job, worker, await worker.job()
-
-
-@pytest.fixture
-async def stage(monkeypatch):
-    stage = Stage()
-    monkeypatch.setattr(_pool, "_OVERDUE", 3600)  # nothing is, unless the test says so
-    monkeypatch.setattr(_forkserver, "ensure", lambda method: stage.server)
-    monkeypatch.setattr(_forkserver, "discard", lambda server: stage.servers.append(FakeServer()))
-    opened = []
-    monkeypatch.setattr("tests.parts.actors.FakeWorker.__init__", _recording(opened))
-    yield stage
-    stage.pool.kill()
-    await asyncio.gather(*(job.future for job in stage.jobs), return_exceptions=True)
-    for worker in opened:
-        worker.close()
-    for server in stage.servers:
-        server.stop()
-
-
-def _recording(opened):
-    from tests.parts.actors import FakeWorker
-
-    original = FakeWorker.__init__
-
-    def init(self, *args):
-        original(self, *args)
-        opened.append(self)
-
-    return init
-
-
-async def idle():
-    for _ in range(20):
-        await asyncio.sleep(0)
-
+from tests.parts.actors import call_of, result_body
+from tests.parts.stage import idle
 
 # --- the normal way ------------------------------------------------------------------------------
 
@@ -100,7 +34,7 @@ async def test_a_job_and_its_result(stage):
     assert (fn, args) == (jobs.echo, ("value",))
     worker.reply(frame, "result")
     assert await job.future == "result"
-    assert (stage.pool.count("idle"), stage.pool.completed) == (1, 1)
+    assert (stage.pool.count("idle"), stage.pool.counts.completed) == (1, 1)
 
 
 async def test_a_worker_has_one_job_at_a_time(stage):
