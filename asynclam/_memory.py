@@ -169,7 +169,8 @@ class Map(mmap.mmap):
     def __del__(self) -> None:
         # This revives the object: the queue has a reference. Its second death is the thread's, and
         # runs no __del__ (PEP 442).
-        if _dropped is not None and len(self) >= _LARGE:
+        # One that could not be made is closed, and has no length.
+        if _dropped is not None and not self.closed and len(self) >= _LARGE:
             _drop(self)
 
 

@@ -321,6 +321,12 @@ def test_no_thread_is_to_be_had(in_thread, monkeypatch):
     assert mapped() == before
 
 
+def test_a_map_that_could_not_be_made(in_thread):
+    """It has no length to be asked for when it dies: the error is told, and nothing else is."""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _memory.map_descriptor(1 << 20, 1 << 20)
+
+
 def test_maps_cost_no_descriptor():
     """From Python 3.13 a view of a segment needs no descriptor."""
     before = len(os.listdir("/proc/self/fd"))
