@@ -121,7 +121,7 @@ class Executor:
             steps = _call.Call.steps(fn, args, kwargs, shares_main=self._shares_main)
             pool.expect()
             try:
-                call = await pool.rota.run(steps)
+                call = await pool.rota.run(steps, _call.Call.close)
             finally:
                 pool.expect_no_more()
             if self._closed == "killed":

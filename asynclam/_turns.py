@@ -8,9 +8,9 @@ hundred works than by one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
@@ -74,12 +74,22 @@ class Rota:
             self._turn()
         return work
 
-    async def run(self, steps: Generator[None, None, T]) -> T:
-        """Takes all steps; returns what the generator returns. A cancel closes the generator."""
+    async def run(self, steps: Generator[None, None, T], drop: Callable[[T], object]) -> T:
+        """Takes all steps; returns what the generator returns. A cancel closes the generator.
+
+        Args:
+            steps: the work.
+            drop: lets go of what the generator has returned, if the cancel came too late for it.
+        """
         future: Future[T] = self._loop.create_future()
-        work = self.begin(_settle(future, steps))
+        work = self.begin(_settle(future, steps, drop))
         try:
             return await future
+        except BaseException:
+            # The task is cancelled in the turn in which the work has ended: it never saw the result.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                drop(future.result())
+            raise
         finally:
             work.cancel()
 
@@ -101,15 +111,21 @@ class Rota:
                 self._loop.call_soon(self._turn)
 
 
-def _settle(future: Future[Any], steps: Generator[None, None, Any]) -> Generator[None, None, None]:
+def _settle(
+    future: Future[T], steps: Generator[None, None, T], drop: Callable[[T], object]
+) -> Generator[None, None, None]:
     try:
         yield
         result = yield from steps
     except GeneratorExit:
         raise
     except BaseException as error:
-        future.set_exception(error)
+        if not future.done():
+            future.set_exception(error)
         if not isinstance(error, Exception):
             raise  # as a task does with Ctrl-C
     else:
-        future.set_result(result)
+        if future.done():  # cancelled, and who awaits it has not had a turn since
+            drop(result)
+        else:
+            future.set_result(result)

@@ -95,16 +95,38 @@ async def test_awaited(rota):
         yield from work(steps, "a", 2)
         return "result"
 
-    assert await rota.run(returns()) == "result"
+    assert await rota.run(returns(), pytest.fail) == "result"
 
     def fail(number):
         raise ValueError(number)
 
     with pytest.raises(ValueError, match="0"):
-        await rota.run(work(steps, "b", 2, fail))
-    task = asyncio.ensure_future(rota.run(work(steps, "c", 1000)))
+        await rota.run(work(steps, "b", 2, fail), pytest.fail)
+    task = asyncio.ensure_future(rota.run(work(steps, "c", 1000), pytest.fail))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert steps == ["a0", "a1", "a closed", "b0", "b closed", "c0", "c closed"]
+
+
+@pytest.mark.parametrize("when", ["before its end", "after its end"])
+@pytest.mark.parametrize("error", [None, ValueError("late")])
+async def test_cancelled_in_the_turn_of_its_end(rota, when, error):
+    """What a work has made, or raised, for a task that cannot take it any more is dropped."""
+    dropped = []
+
+    def made():
+        yield
+        if when == "before its end":
+            task.cancel()
+        else:  # but before the task has its next turn
+            asyncio.get_running_loop().call_soon(task.cancel)
+        if error is not None:
+            raise error
+        return "made"
+
+    task = asyncio.ensure_future(rota.run(made(), dropped.append))
+    while not task.done():
+        await asyncio.sleep(0)
+    assert (task.cancelled(), dropped) == (True, ["made"] if error is None else [])
