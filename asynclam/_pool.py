@@ -165,7 +165,8 @@ class Pool:
         self._control: Channel | None = None
         self._page = -1
         self._marks: Marks
-        self._slots = list(range(_SLOTS))
+        # That longest unused first: a worker that was given up may not have ended yet.
+        self._slots = deque(range(_SLOTS))
         self._closing: Future[None] | None = None
         self._last_call: TimerHandle | None = None  # ends the patience of a close
         self._killed = False
@@ -529,7 +530,7 @@ class Pool:
         except (OSError, ValueError) as error:  # ValueError: ASYNCLAM_SEGMENTS makes no sense
             self._start_failed(error)
             return
-        worker = _Worker(self._slots.pop())
+        worker = _Worker(self._slots.popleft())
         recipe = Recipe(worker.slot, self._plan.initializer, self._preload())
         start = _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=3)
         worker.life = life
@@ -783,6 +784,8 @@ class Pool:
         self._stop_timers(worker)
         worker.life.end()
         begun = self._marks.begun(worker.slot)
+        # An orphan may live on for a moment, with revoked jobs in its channel.
+        self._marks.revoke(worker.slot, Marks.ALL)
         self._slots.append(worker.slot)
         if worker.state is _STARTING:
             self._start_failed(worker.cause or _death("nothing yet", worker))

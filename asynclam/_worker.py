@@ -45,6 +45,7 @@ class Marks:
     """
 
     SLOT = 16  # bytes of the page for each worker
+    ALL = (1 << 64) - 1  # revokes whatever there may be
 
     def __init__(self, memory: memoryview) -> None:
         self._numbers = memory.cast("Q")

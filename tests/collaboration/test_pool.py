@@ -703,6 +703,31 @@ async def test_the_fork_server_dies(stage):
     assert len(stage.servers) == 2
 
 
+async def test_an_orphan_runs_no_revoked_job(stage):
+    """What a worker without a fork server still has to skip when it is given up, it never runs."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    assert two.begin(frames[0].number)
+    worker = jobs[0].worker
+    stage.pool._revoke(worker)
+    worker.revoking.cancel()
+    stage.pool._take_back(worker, 0.0)
+    stage.server.stop()
+    await idle()
+    two.reply(frames[0], "done")
+    assert await jobs[0].future == "done"
+    one.reply(frame_one, "done")
+    await slow.future
+    for frame in frames[1:]:  # it has read them long ago, or reads them now
+        assert not two.begin(frame.number)
+    third = await stage.ready_worker()
+    for frame in frames[1:]:
+        assert not two.begin(frame.number), "its slot is not another's yet"
+        again = await third.job()
+        assert third.begin(again.number)
+        third.send(_wire.RESULT, again.number, result_body("elsewhere"), SHORT)
+    assert [await job.future for job in jobs[1:]] == ["elsewhere"] * 2
+
+
 async def test_a_worker_dies_after_its_fork_server(stage, monkeypatch):
     """Nobody can tell how it ended; the job fails all the same."""
     monkeypatch.setattr(os, "killpg", lambda pid, number: None)
