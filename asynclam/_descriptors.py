@@ -8,6 +8,7 @@ is never closed but overwritten with ``/dev/null`` by ``dup2``: its number stays
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -37,13 +38,26 @@ def unmark(descriptor: int) -> None:
 
 def replace(descriptors: Iterable[int]) -> None:
     """Overwrites descriptors with ``/dev/null``, so that their numbers stay taken."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    descriptors = list(descriptors)
+    null = _open_null(descriptors)
     try:
         for descriptor in descriptors:
             if descriptor != null:
                 _overwrite(descriptor, null)
     finally:
-        os.close(null)
+        if null not in descriptors:
+            os.close(null)
+
+
+def _open_null(spare: Sequence[int]) -> int:
+    try:
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not spare:
+            raise
+        # One of those to be overwritten makes room, and gets its number back: no other is free.
+        os.close(spare[0])
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
 def _overwrite(descriptor: int, null: int) -> None:

@@ -8,6 +8,7 @@ ends the server and all of its workers.
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import select
@@ -177,11 +178,22 @@ def can_fork() -> bool:
 
 
 def _has_free_descriptors() -> bool:
-    # The numbers that a forked server inherits stay taken in all of its workers.
-    most = os.sysconf(
-        "SC_OPEN_MAX"
-    )  # the soft limit, -1 for none; the resource module costs an import
-    return most < 0 or len(_descriptors.open_descriptors()) < most // 2
+    return _free_descriptors() > 0.5
+
+
+def _free_descriptors() -> float:
+    """Which part of the descriptors that this process may have is free.
+
+    The numbers that a forked server inherits stay taken in all of its workers.
+    """
+    # The soft limit, -1 for none; the resource module costs an import.
+    most = os.sysconf("SC_OPEN_MAX")
+    if most < 0:
+        return 1.0
+    return 1 - len(_descriptors.open_descriptors()) / most
+
+
+_LEAST_FREE = 0.1  # part of the descriptors without which a forked server could not work
 
 
 def _start(start: Callable[[socket.socket, int], int | subprocess.Popen[bytes]]) -> ForkServer:
@@ -203,6 +215,8 @@ def _start(start: Callable[[socket.socket, int], int | subprocess.Popen[bytes]])
 
 
 def _fork(master: socket.socket, life: int) -> int:
+    if _free_descriptors() < _LEAST_FREE:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     # A signal between the fork and the reset of the handlers would run the parent's in the child.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     parent = os.getpid()

@@ -81,12 +81,15 @@ def serve(master: socket.socket, life: int, parent: int, *, preload: bool) -> No
 
 
 def _detach_signals() -> None:
-    """Handlers back to default, SIGINT ignored (Ctrl-C is the loop process's), none blocked."""
+    """Handlers back to default, SIGINT and SIGHUP ignored, none blocked."""
     signal.set_wakeup_fd(-1)  # inherited, it is the parent's: 3.11 would run its handlers there
     for number in range(1, signal.NSIG):  # valid_signals() makes an enum of each, in 0.1 ms
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loop process's
+    # A worker that is stopped when the fork server dies is in an orphaned process group, to which
+    # the kernel sends SIGHUP (setpgid(2)): its job would fail.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -1,0 +1,64 @@
+"""What runs out, and comes back: the executor says so, and goes on."""
+
+import asyncio
+import errno
+import os
+import resource
+import signal
+
+import pytest
+
+from asynclam import Executor, WorkerStartError, _forkserver
+from tests import jobs
+from tests.parts.gate import pass_through
+
+
+@pytest.fixture
+def descriptors():
+    """Takes nearly all descriptors of a low limit; called again, gives them back."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+
+    def toggle(left=0):
+        if taken:
+            while taken:
+                os.close(taken.pop())
+            return
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        try:
+            while True:
+                taken.append(os.dup(0))
+        except OSError:
+            pass
+        for _ in range(left):
+            os.close(taken.pop())
+
+    yield toggle
+    if taken:
+        toggle()
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("left", [0, 1, 5, 20])
+async def test_no_descriptor_for_a_fork_server(descriptors, left):
+    """A server that would inherit the shortage for good is not forked; the next job has one."""
+    async with Executor(2, start_method="fork") as executor:
+        descriptors(left)
+        with pytest.raises(WorkerStartError, match="descriptors") as caught:
+            await executor.run_cpu(jobs.echo, 1)
+        assert caught.value.__cause__.errno == errno.EMFILE
+        descriptors()
+        assert await executor.run_cpu(jobs.echo, 2) == 2
+
+
+async def test_a_stopped_worker_outlives_its_fork_server(gate):
+    """The kernel hangs up on stopped children of a process that dies; a worker takes no notice."""
+    async with Executor(1) as executor:
+        job = asyncio.ensure_future(executor.run_cpu(pass_through, gate.path, "done"))
+        pid = await gate.entered()
+        os.kill(pid, signal.SIGSTOP)
+        (server,) = _forkserver._servers.values()
+        os.kill(server.pid, signal.SIGKILL)
+        gate.open()
+        assert await job == "done"
+        assert await executor.run_cpu(jobs.echo, 1) == 1
