@@ -93,6 +93,7 @@ class Channel:
         self._held = False  # whether output is collected
         self._writing = False  # whether the writer callback is registered
         self._broken = False  # whether the peer reads no more
+        self._filled = False  # whether the last receive has filled its buffer: there may be more
         self._ended = False  # whether on_end was called
         self._loop = loop
         loop.add_reader(self._descriptor, self._readable)
@@ -219,8 +220,10 @@ class Channel:
     # --- input -----------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        buffer = self._decoder.buffer()
-        if self.ended or (self._receive(buffer) < len(buffer) and not self.thorough):
+        if self.ended:
+            return
+        self._receive()
+        if self.ended or not (self._filled or self.thorough):
             return
         if not self._read(_TURN):
             self._loop.call_soon(self._readable)
@@ -237,19 +240,22 @@ class Channel:
     def _read(self, room: int) -> bool:
         """Reads until nothing is left (then true), or as much as ``room`` bytes (then false)."""
         while room > 0 and not self.ended:
-            nbytes = self._receive(self._decoder.buffer())
+            nbytes = self._receive()
             if not nbytes:
                 return True
             room -= nbytes
         return self.ended
 
-    def _receive(self, buffer: memoryview) -> int:
+    def _receive(self) -> int:
         """Receives once, and delivers what is complete; 0 if there was nothing, or will be no more."""
+        self._filled = False
         try:
+            buffer = self._decoder.buffer()
             nbytes, descriptors, truncated = _descriptors.receive(self._sock, buffer)
             if not nbytes:
                 self._end(None)
                 return 0
+            self._filled = nbytes == len(buffer)
             frames = self._decoder.received(nbytes, descriptors, truncated=truncated)
         except (BlockingIOError, InterruptedError):
             return 0

@@ -143,6 +143,7 @@ def encode_small(kind: int, number: int, body: bytes, flags: int) -> bytes:
     return HEADER.pack(MAGIC, kind, 0, flags, len(body), number) + body
 
 
+_ROOM = bytes(1 << 20)  # by which the body of a large frame grows
 _JOIN = 64 * 1024  # bytes: below it one copy is cheaper than another buffer in the send
 
 
@@ -156,7 +157,8 @@ class Decoder:
     """Received bytes and descriptors in, frames out.
 
     Bytes are received into :meth:`buffer` and told with :meth:`received`. The body of a large
-    frame is received straight into memory of its own.
+    frame is received straight into memory of its own, which grows as they come: a length that is
+    garbage takes no memory, and one that is not does not hold up the loop to clear it all.
     """
 
     def __init__(self) -> None:
@@ -164,21 +166,37 @@ class Decoder:
         self._view = memoryview(self._scratch)
         self._start = self._end = 0  # what is received and not yet parsed, in the scratch
         self._large: Frame | None = None  # the frame whose body is being received
+        self._body = bytearray()  # as much of that as there is room for
         self._filled = 0  # bytes of that body that are here
+        self._length = 0  # and that it will have
         self._position = 0  # of the stream: bytes received so far
         self._descriptors: deque[int] = deque()
         self._lost = range(0)  # positions of the receive that lost descriptors
 
     def buffer(self) -> memoryview:
-        """Where the next bytes are to be received; never empty (a read of 0 means end of file)."""
+        """Where the next bytes are to be received; never empty (a read of 0 means end of file).
+
+        No view of it may be left when it is called again: what is looked into cannot grow.
+
+        Raises:
+            ProtocolError: there is not so much memory.
+        """
         if self._large is not None:
-            return memoryview(self._large.body)[self._filled :]
+            if self._filled == len(self._body):
+                self._grow()
+            return memoryview(self._body)[self._filled :]
         if self._start == self._end:
             self._start = self._end = 0
             return self._view
         if self._end == len(self._scratch):
             self._compact()
         return self._view[self._end :]
+
+    def _grow(self) -> None:
+        try:
+            self._body += _ROOM[: self._length - self._filled]
+        except MemoryError:
+            raise ProtocolError(f"no memory for a frame of {self._length:,} bytes") from None
 
     def _compact(self) -> None:
         # What is left unparsed is less than a frame that fits, so there is room after it.
@@ -211,7 +229,8 @@ class Decoder:
         frames: list[Frame] = []
         if self._large is not None:
             self._filled += nbytes
-            if self._filled == len(self._large.body):
+            if self._filled == self._length:
+                self._large.body, self._body = self._body, bytearray()
                 frames.append(self._large)
                 self._large = None
             return frames
@@ -233,7 +252,9 @@ class Decoder:
         while end - start >= _HEADER_SIZE:
             magic, kind, count, flags, length, number = _unpack(scratch, start)
             if magic != MAGIC or kind not in _KINDS or length > MAX_LENGTH:
-                raise ProtocolError(f"{scratch[start : start + 16]!r} is not the start of a frame")
+                raise ProtocolError(
+                    f"{bytes(scratch[start : start + 16])!r} is not the start of a frame"
+                )
             body = start + _HEADER_SIZE
             if body + length > end:
                 if length > _JOIN:
@@ -244,14 +265,9 @@ class Decoder:
             frames.append(Frame(kind, flags, number, scratch[body:start], descriptors))
 
     def _begin_large(self, frame: Frame, length: int, count: int) -> None:
-        try:
-            frame.body = bytearray(length)
-        except MemoryError:
-            raise ProtocolError(f"no memory for a frame of {length:,} bytes") from None
         frame.descriptors = self._take_descriptors(count) if count else []
-        here = self._view[self._start + HEADER.size : self._end]
-        frame.body[: len(here)] = here
-        self._filled = len(here)
+        self._body = self._scratch[self._start + HEADER.size : self._end]
+        self._length, self._filled = length, len(self._body)
         self._start = self._end = 0
         self._large = frame
 
@@ -270,3 +286,4 @@ class Decoder:
         if self._large is not None:
             self._large.close()
             self._large = None
+            self._body = bytearray()

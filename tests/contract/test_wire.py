@@ -1,6 +1,7 @@
 """Frames: bytes in, frames out, however the bytes are cut."""
 
 import os
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -165,3 +166,30 @@ def test_too_many_descriptors():
     """A frame with more descriptors than one send carries is refused before it is sent."""
     with pytest.raises(ValueError, match="251"):
         _wire.encode(_wire.JOB, 1, [], descriptors=_wire.MAX_DESCRIPTORS + 1)
+
+
+def test_a_length_that_is_garbage_takes_no_memory():
+    """The body grows as it comes: what a header says alone costs nothing."""
+    decoder = _wire.Decoder()
+    header = _wire.HEADER.pack(_wire.MAGIC, _wire.RESULT, 0, 0, _wire.MAX_LENGTH, 1)
+    tracemalloc.start()
+    try:
+        assert not feed(decoder, header + bytes(1000), 500)
+        assert len(decoder.buffer()) <= 1 << 20
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_memory_for_a_body(monkeypatch):
+    """A body for which there is no memory is an error of the connection."""
+
+    class Room:
+        def __getitem__(self, _):
+            raise MemoryError
+
+    monkeypatch.setattr(_wire, "_ROOM", Room())
+    decoder = _wire.Decoder()
+    feed(decoder, _wire.HEADER.pack(_wire.MAGIC, _wire.RESULT, 0, 0, 1 << 30, 1), 24)
+    with pytest.raises(_wire.ProtocolError, match="no memory for a frame of 1,073,741,824 bytes"):
+        decoder.buffer()
