@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from . import _payload, _steps, _wire
-from ._errors import PayloadError
+from ._errors import PayloadError, reason_of
 
 _LENGTH = struct.Struct("<I")
 _SMALL = 16 * 1024  # bytes of arguments that are sent in no time
@@ -144,7 +144,9 @@ class Call:
         else:
             try:
                 self._payload = payload = _payload.dumps(self._contents(), shares_main)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise  # Ctrl-C, most likely
+            except BaseException as error:  # SystemExit and CancelledError would end something else
                 raise _blame(fn, args, kwargs, flags, error, first=first) from error
             self._refuse_many()
             if len(payload.parts) > 1 or payload.descriptors or len(payload.parts[0]) > _SMALL:
@@ -174,7 +176,9 @@ class Call:
             )
         except _steps.ChangedError as error:
             raise PayloadError(f"an argument of {name_of(fn)} cannot be sent: {error}") from error
-        except Exception as error:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise  # Ctrl-C, most likely; given up
+        except BaseException as error:
             raise _blame(fn, args, kwargs, flags, error, first=first) from error
         call._refuse_many()
         return call
@@ -270,7 +274,7 @@ class Call:
         except Exception as error:
             raise PayloadError(
                 f"{self.name} is not known in a worker ({reason}) and cannot be sent by value "
-                f"({_reason(error)}); define it at the top level of a module that workers can import"
+                f"({reason_of(error)}); define it at the top level of a module that workers can import"
             ) from error
 
     def close(self) -> None:
@@ -355,7 +359,7 @@ def _blame(
     args: Sequence[object],
     kwargs: dict[str, object],
     flags: int,
-    error: Exception,
+    error: BaseException,
     *,
     first: int,
 ) -> PayloadError:
@@ -369,47 +373,45 @@ def _blame(
         if reason is not None:
             return PayloadError(
                 f"{label} of {name_of(fn)} ({_describe(value)}) cannot be sent to a worker: "
-                f"{_reason(reason)}; {_advice(value)}"
+                f"{reason_of(reason)}; {_advice(value)}"
             )
-    return PayloadError(f"the call of {name_of(fn)} cannot be sent to a worker: {_reason(error)}")
+    return PayloadError(f"the call of {name_of(fn)} cannot be sent to a worker: {reason_of(error)}")
 
 
-def _refusal(value: object) -> Exception | None:
+def _refusal(value: object) -> BaseException | None:
     try:
         _payload.dumps(value).close()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return error
     return None
 
 
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
+def _describe(value: Any) -> str:
+    kind = type(value)  # never isinstance(), which asks the value for its __class__
+    if issubclass(kind, (tuple, list)):
         for index, item in enumerate(value):
             if _refusal(item) is not None:
-                return (
-                    f"{type(value).__name__}, its item {index} is of type {type(item).__qualname__}"
-                )
-    if isinstance(value, dict):
+                return f"{kind.__name__}, its item {index} is of type {type(item).__qualname__}"
+    if issubclass(kind, dict):
         for key, item in value.items():
             if _refusal(item) is not None:
                 return f"dict, its item {key!r} is of type {type(item).__qualname__}"
-    return f"of type {type(value).__qualname__}"
+    return f"of type {kind.__qualname__}"
 
 
 def _advice(value: object) -> str:
-    if isinstance(value, types.CoroutineType):
+    kind = type(value)
+    if kind is types.CoroutineType:
         return "await it first, and pass its result"
-    if isinstance(value, types.GeneratorType):
+    if kind is types.GeneratorType:
         return "pass list(...) of it, or feed it to map_cpu()"
-    if isinstance(value, (types.FunctionType, types.MethodType)):
+    if kind in (types.FunctionType, types.MethodType):
         return (
             "define it at the top level of a module, without what cannot be pickled in its closure"
         )
     return "pass plain data (bytes, str, numbers, lists, dicts, arrays, SharedBuffer) and open the rest in the worker"
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class UnknownNameError(Exception):
@@ -447,15 +449,34 @@ def receive(
             return fn, args, kwargs
         fn = _known.get(reference)
         if fn is None:
-            fn = _known[reference] = pickle.loads(reference)
+            fn = _known[reference] = _find(reference)
         args, kwargs = _loads(frame)
     except (AttributeError, ImportError) as error:
         if frame.flags & _wire.BY_VALUE:
             raise _unreadable(error) from error
-        raise UnknownNameError(_reason(error)) from None
+        raise UnknownNameError(reason_of(error)) from None
+    except _ImportFailedError as failed:
+        raise PayloadError(str(failed)) from failed.__cause__
     except BaseException as error:
         raise _unreadable(error) from error
     return fn, args, kwargs
+
+
+class _ImportFailedError(Exception):
+    """The module of a function cannot be imported here, and says so by no ImportError."""
+
+
+def _find(reference: bytes) -> Callable[..., Any]:
+    try:
+        fn: Callable[..., Any] = pickle.loads(reference)
+    except (AttributeError, ImportError):
+        raise
+    except BaseException as error:
+        raise _ImportFailedError(
+            f"the module of the function could not be imported in the worker: {reason_of(error)}; "
+            "what it does at its top level must work there"
+        ) from error
+    return fn
 
 
 def _loads(frame: _wire.Frame) -> Any:
@@ -475,6 +496,6 @@ _PARTICULAR = _wire.SEGMENT | _wire.BUFFERS | _wire.PIECES  # what more than pic
 
 def _unreadable(error: BaseException) -> PayloadError:
     return PayloadError(
-        f"an argument could not be unpickled in the worker: {_reason(error)}; "
+        f"an argument could not be unpickled in the worker: {reason_of(error)}; "
         "the __reduce__, __setstate__ or __init__ of its type must work there"
     )

@@ -44,13 +44,18 @@ class WorkerDiedError(AsynclamError):
         exitcode: int | None = None,
         signal: int | None = None,
         tries: int = 1,
+        garbage: str = "",  # what it wrote to its channel, where it was ended for that
     ) -> None:
         self.job, self.pid, self.exitcode, self.signal = job, pid, exitcode, signal
         self.tries = tries
+        end, advice = self._end(), self._advice()
+        if garbage:
+            end = "was ended, because it wrote to its channel what is none of asynclam's messages,"
+            job, advice = f"{job} ({garbage})", _NOT_ITS_OWN
         again = f" (tried {tries} times)" if tries > 1 else ""
         super().__init__(
-            f"worker {pid if pid is not None else '(pid unknown)'} {self._end()} while it ran "
-            f"{job}{again}; {self._advice()}"
+            f"worker {pid if pid is not None else '(pid unknown)'} {end} while it ran "
+            f"{job}{again}; {advice}"
         )
 
     def _end(self) -> str:
@@ -69,24 +74,51 @@ class WorkerDiedError(AsynclamError):
             return (
                 "a C extension crashed: run the function with python -X faulthandler to see where"
             )
-        if self.exitcode == INTERNAL_ERROR:
-            return "its traceback is on stderr: please report it as a bug of asynclam"
+        if self.signal is not None:
+            return "something sent it that signal: the function itself (an alarm, say), or a person"
         if self.exitcode is not None:
-            return "the function, or something that it called, used os._exit()"
+            return _EXITS.get(
+                self.exitcode, "the function, or something that it called, used os._exit()"
+            )
         return "the machine may be out of memory: raise it or lower max_workers"
 
 
 _CRASHES = (_signal.SIGSEGV, _signal.SIGABRT, _signal.SIGBUS, _signal.SIGFPE, _signal.SIGILL)
 
 
-INTERNAL_ERROR = 70  # exit code of a worker that fails outside of a job (EX_SOFTWARE, sysexits.h)
+# Exit codes of a worker, as in sysexits.h:
+INTERNAL_ERROR = 70  # it failed outside of a job (EX_SOFTWARE)
+CHANNEL_LOST = 71  # its channel is of no use, and not for the loop process is gone (EX_OSERR)
+_NOT_ITS_OWN = (
+    "the function, or something that it called, has closed a descriptor that is not its own, or "
+    "written to one: os.closerange(), say, or os.close() of a number twice"
+)
+
+
+_EXITS = {
+    INTERNAL_ERROR: "its traceback is on stderr: please report it as a bug of asynclam",
+    CHANNEL_LOST: _NOT_ITS_OWN,
+}
 
 
 def _shown(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}({', '.join(map(repr, error.args))})"
-    except Exception:  # a repr of the user's
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a repr of the user's
         return type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """``ValueError: text``, also of a user's exception whose text cannot be had."""
+    try:
+        text = str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as broken:
+        text = f"<its __str__ raised {type(broken).__name__}>"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def signal_name(number: int) -> str:

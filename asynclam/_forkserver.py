@@ -174,11 +174,11 @@ def can_fork() -> bool:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # macOS: system frameworks do not survive a fork
         return False
-    return threads == 1 and resident < _MOST_RESIDENT and _has_free_descriptors()
+    return threads == 1 and resident < _MOST_RESIDENT and _free_descriptors() > _MOST_TAKEN
 
 
-def _has_free_descriptors() -> bool:
-    return _free_descriptors() > 0.5
+_MOST_TAKEN = 0.5  # part of the descriptors that a forked server may inherit, if it may be spawned
+_LEAST_FREE = 0.1  # part of the descriptors without which a forked server could not work
 
 
 def _free_descriptors() -> float:
@@ -191,9 +191,6 @@ def _free_descriptors() -> float:
     if most < 0:
         return 1.0
     return 1 - len(_descriptors.open_descriptors()) / most
-
-
-_LEAST_FREE = 0.1  # part of the descriptors without which a forked server could not work
 
 
 def _start(start: Callable[[socket.socket, int], int | subprocess.Popen[bytes]]) -> ForkServer:

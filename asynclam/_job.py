@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from . import _payload, _raised, _steps, _wire
-from ._errors import JobExitError, PayloadError
+from ._errors import JobExitError, PayloadError, reason_of
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -161,7 +161,7 @@ class Job:
     def _unreadable(self, error: BaseException) -> PayloadError:
         unreadable = PayloadError(
             f"the result of {self.name} could not be unpickled here: "
-            f"{type(error).__name__}: {error}; its type must be importable in this process, too"
+            f"{reason_of(error)}; its type must be importable in this process, too"
         )
         unreadable.__cause__ = error
         return unreadable

@@ -897,13 +897,13 @@ def _kill_orphan(worker: _Worker) -> None:
 
 
 def _death(job: str, worker: _Worker, tries: int = 1) -> WorkerDiedError:
-    status, pid = worker.status, worker.pid
-    if status is None:
-        return WorkerDiedError(job, pid=pid, tries=tries)
-    if os.WIFSIGNALED(status):
-        return WorkerDiedError(job, pid=pid, tries=tries, signal=os.WTERMSIG(status))
-    exitcode = os.waitstatus_to_exitcode(status)
-    return WorkerDiedError(job, pid=pid, tries=tries, exitcode=exitcode)
+    garbage = str(worker.cause) if isinstance(worker.cause, _wire.ProtocolError) else ""
+    end: dict[str, int] = {}
+    if worker.status is not None and os.WIFSIGNALED(worker.status):
+        end["signal"] = os.WTERMSIG(worker.status)
+    elif worker.status is not None:
+        end["exitcode"] = os.waitstatus_to_exitcode(worker.status)
+    return WorkerDiedError(job, pid=worker.pid, tries=tries, garbage=garbage, **end)
 
 
 def _advice(cause: BaseException | None) -> str:

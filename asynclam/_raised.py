@@ -14,7 +14,7 @@ import struct
 import sys
 from typing import Any
 
-from ._errors import PayloadError
+from ._errors import PayloadError, reason_of
 
 _LENGTH = struct.Struct("<I")
 _MOST_CAUSES = 8  # of a chain that travel as objects; the traceback shows them all
@@ -178,7 +178,7 @@ def loads(body: bytearray | memoryview, job: str, pid: int | None) -> BaseExcept
     except BaseException as reason:
         error = PayloadError(
             f"{job} raised {kind}: {text}; the exception itself could not be sent back "
-            f"({type(reason).__name__}: {reason}); define its class at the top level of a module "
+            f"({reason_of(reason)}); define its class at the top level of a module "
             "that both processes can import"
         )
     _show(error, f"In worker {pid}:\n{formatted.rstrip()}")

@@ -228,6 +228,8 @@ class _Dump:
         travel.outgoing = self.descriptors
         try:
             self.pickler.dump(obj)
+        except GeneratorExit as error:  # the user's: that of a cancel comes between the steps
+            raise pickle.PicklingError("it raised GeneratorExit") from error
         finally:
             travel.outgoing = None
         if len(self.descriptors) > _payload.MOST_DESCRIPTORS:
@@ -463,6 +465,8 @@ def _load_sections(
         travel.incoming = descriptors
         try:
             return unpickler.load()
+        except GeneratorExit as error:  # the user's: that of a cancel comes between the steps
+            raise pickle.UnpicklingError("it raised GeneratorExit") from error
         finally:
             travel.incoming = None
 

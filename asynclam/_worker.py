@@ -23,7 +23,7 @@ from time import perf_counter_ns
 from typing import Any, NoReturn
 
 from . import _call, _descriptors, _payload, _raised, _steps, _wire
-from ._errors import INTERNAL_ERROR, PayloadError
+from ._errors import CHANNEL_LOST, INTERNAL_ERROR, PayloadError, reason_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,8 +97,10 @@ class Worker:
                 pid, flags = self._pid.to_bytes(8, "little"), _wire.BOUND if bound else 0
                 self._reply(_wire.READY, 0, [pid], flags)
                 self._serve()
-        except OSError:
+        except ConnectionError:
             pass  # the loop process is gone
+        except OSError:
+            code = CHANNEL_LOST
         except BaseException:
             sys.excepthook(*sys.exc_info())
             code = INTERNAL_ERROR
@@ -337,16 +339,18 @@ def _set_apart(fn: Callable[..., object], results: list[object], errors: dict[in
 def _refused(fn: Callable[..., object], result: object, error: BaseException) -> PayloadError:
     return PayloadError(
         f"the result of {_call.name_of(fn)} (of type {type(result).__qualname__}) cannot be "
-        f"sent back: {type(error).__name__}: {error}; return plain data instead"
+        f"sent back: {reason_of(error)}; return plain data instead"
     )
 
 
 def flush() -> None:
     """Flushes what was printed, so that it is out before the result is in; keeps still if it cannot."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
         try:
-            stream.flush()
-        except Exception:  # closed, replaced, or nobody reads it: the job's outcome is what counts
+            getattr(sys, name).flush()
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # closed, gone, or anything at all: the job's outcome is what counts
             continue
 
 
