@@ -3,15 +3,19 @@
 #   make test                               make test PYTHON=python3.13
 #   make test ARGS="-k segments -x"         make test ARGS="--only box"
 #   make test ARGS="--segments file"        (or memfd, syscall, stream: how large payloads travel)
+#   make test ARGS="--random-order"         (says with which seed; --random-order-seed=N repeats it)
+#   make soak ARGS="--report docs/soak.md"  (1,000,000 jobs; --jobs N, --seconds S, --seed X)
+#   make fuzz ARGS="--seconds 600"          (each target; the corpus is kept in .fuzz)
+#   make coverage                           (of all processes; the report is in .coverage-html)
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup test demo bench lint types clean
+.PHONY: setup test demo bench soak fuzz coverage lint types clean
 
-setup test demo bench lint types:
+setup test demo bench soak fuzz coverage lint types:
 	@$(PYTHON) -m tests.run $@ $(ARGS)
 
 clean:
-	rm -rf .venvs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venvs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """What the Makefile runs: makes a virtual environment, then tests, checks or shows something.
 
     python -m tests.run test [--only plain|box] [--segments WAY] [ARGUMENTS OF PYTEST...]
-    python -m tests.run setup | demo | bench | lint | types
+    python -m tests.run setup | demo | bench | soak | fuzz | coverage | lint | types
 
 It needs nothing but CPython 3.10 or later with its venv module, and the package index. The virtual
 environment is ``.venvs/X.Y`` of the interpreter that runs this; it is made once, and again whenever
@@ -133,6 +133,26 @@ def bench(_only: str | None, arguments: Sequence[str]) -> int:
     return run([_PYTHON, "-m", "benchmarks", *arguments])
 
 
+def soak(_only: str | None, arguments: Sequence[str]) -> int:
+    return run([_PYTHON, "-m", "tests.soak", *arguments])
+
+
+def fuzz(_only: str | None, arguments: Sequence[str]) -> int:
+    return run([_PYTHON, "-m", "tests.fuzz", *arguments])
+
+
+def coverage(_only: str | None, arguments: Sequence[str]) -> int:
+    """Runs the suite under coverage.py, in all processes, and says what no test has run."""
+    command = [_PYTHON, "-m", "coverage"]
+    run([*command, "erase"])
+    status = run([*command, "run", "-m", "pytest", *arguments])
+    return status or run_all(
+        [*command, "combine", "--quiet"],
+        [*command, "html", "--quiet"],
+        [*command, "report"],
+    )
+
+
 def lint(_only: str | None, _arguments: Sequence[str]) -> int:
     return run_all([_PYTHON, "-m", "ruff", "check"], [_PYTHON, "-m", "ruff", "format", "--check"])
 
@@ -146,12 +166,21 @@ _COMMANDS: dict[str, Callable[[str | None, Sequence[str]], int]] = {
     "test": test,
     "demo": demo,
     "bench": bench,
+    "soak": soak,
+    "fuzz": fuzz,
+    "coverage": coverage,
     "lint": lint,
     "types": types,
 }
 
 
-_MORE_GROUPS = {"bench": ["bench"], "lint": ["lint"], "types": ["lint"]}
+_MORE_GROUPS = {
+    "bench": ["bench"],
+    "fuzz": ["fuzz"],
+    "coverage": ["coverage"],
+    "lint": ["lint"],
+    "types": ["lint"],
+}
 
 
 def run_all(*commands: Sequence[str]) -> int:
