@@ -6,7 +6,7 @@ kernel frees the memory with the last descriptor or mapping. The first way that 
 
 * ``memfd``: ``os.memfd_create``;
 * ``syscall``: the system call of that name, for a Python that was built without the function;
-* ``file``: an unlinked file in the temporary directory, its blocks reserved before it is mapped.
+* ``file``: a file without a name in the temporary directory, its blocks reserved before it is mapped.
 
 The environment variable ``ASYNCLAM_SEGMENTS`` names the only one to use, or ``stream``: payloads
 travel in frames alone then (what must be shared memory still takes the first way that works). Each
@@ -129,11 +129,22 @@ _SYSCALLS = {"x86_64": 319, "aarch64": 279}
 
 
 def _file(nbytes: int) -> int:
-    import tempfile
+    return _reserved(_nameless(os.environ.get("TMPDIR") or _TMP), nbytes, _fallocate)
 
-    descriptor, path = tempfile.mkstemp(prefix="asynclam-")
-    os.unlink(path)
-    return _reserved(descriptor, nbytes, _fallocate)
+
+_TMP = "/tmp"  # noqa: S108 - nothing in it gets a name
+
+
+def _nameless(directory: str) -> int:
+    try:
+        # It never has a name, which a process that is killed just then would leave behind.
+        return os.open(directory, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except (AttributeError, OSError):  # not every system has such files, nor every file system
+        import tempfile
+
+        descriptor, path = tempfile.mkstemp(prefix="asynclam-")
+        os.unlink(path)
+        return descriptor
 
 
 def _fallocate(descriptor: int, nbytes: int) -> None:

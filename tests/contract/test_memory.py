@@ -230,6 +230,22 @@ def test_a_full_disk(segments):
     assert ran.stdout == "0\n"
 
 
+@pytest.mark.parametrize("has_such", [True, False])
+def test_a_file_has_no_name(segments, tmp_path, monkeypatch, has_such):
+    """Never where the system has such files; else it is unlinked at once."""
+    segments("file")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if has_such:
+        monkeypatch.setattr("tempfile.mkstemp", pytest.fail)
+    else:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    with SharedBuffer(1) as buffer:
+        path = os.readlink(f"/proc/self/fd/{buffer._descriptor}")
+    assert (path.startswith(str(tmp_path)), path.endswith(" (deleted)")) == (True, True)
+    assert not os.listdir(tmp_path)
+
+
 def test_blocks_are_reserved(segments, tmp_path, monkeypatch):
     """The blocks of a file are its own before it is mapped; if there are none, nothing is left."""
     segments("file")
