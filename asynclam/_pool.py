@@ -783,9 +783,9 @@ class Pool:
             self._idle.remove(worker)
         self._stop_timers(worker)
         worker.life.end()
-        begun = self._marks.begun(worker.slot)
-        # An orphan may live on for a moment, with revoked jobs in its channel.
+        # An orphan may live on for a moment, with jobs in its channel.
         self._marks.revoke(worker.slot, Marks.ALL)
+        begun = self._marks.begun(worker.slot)
         self._slots.append(worker.slot)
         if worker.state is _STARTING:
             self._start_failed(worker.cause or _death("nothing yet", worker))

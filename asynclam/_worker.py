@@ -54,7 +54,10 @@ class Marks:
         """Notes that the job's code runs from here on; false if it must not."""
         numbers, slot = self._numbers, 2 * slot
         numbers[slot] = order
-        return order > numbers[slot + 1]
+        if order > numbers[slot + 1]:
+            return True
+        numbers[slot] = order - 1  # it runs elsewhere, also if this worker dies before it says so
+        return False
 
     def begun(self, slot: int) -> int:
         """The job that was begun last, or was to be begun and was skipped; 0 if there was none."""

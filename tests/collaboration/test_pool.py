@@ -221,6 +221,20 @@ async def test_a_job_is_skipped_that_was_believed_to_have_begun(stage, monkeypat
     assert [await job.future for job in jobs[1:]] == ["again"] * 2
 
 
+async def test_a_death_after_a_job_was_skipped(stage):
+    """A worker that dies before it could say that it has skipped a job has not begun that."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage, 2)
+    stage.pool._revoke(jobs[0].worker)
+    assert not two.begin(frames[0].number)
+    two.close()
+    stage.server.exited(two)
+    third = await stage.ready_worker()
+    for job in jobs:
+        frame = await third.job()
+        third.send(_wire.RESULT, frame.number, result_body("elsewhere"), SHORT)
+        assert await job.future == "elsewhere"
+
+
 async def test_a_reply_in_the_moment_of_the_taking_back(stage):
     """A reply that is read just then makes no room: what a worker is given then is not revoked."""
     slow, one, frame_one, two, jobs, frames = await pipelined(stage, 32)
