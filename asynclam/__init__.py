@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from ._errors import (
         AsynclamError,
         ExecutorClosedError,
+        JobCancelled,
         JobExitError,
         PayloadError,
         WorkerDiedError,
@@ -23,6 +24,7 @@ _HOMES = {
     "AsynclamError": "_errors",
     "Executor": "_executor",
     "ExecutorClosedError": "_errors",
+    "JobCancelled": "_errors",
     "JobExitError": "_errors",
     "PayloadError": "_errors",
     "SharedBuffer": "_memory",
@@ -44,6 +46,7 @@ __all__ = [
     "AsynclamError",
     "Executor",
     "ExecutorClosedError",
+    "JobCancelled",
     "JobExitError",
     "PayloadError",
     "SharedBuffer",

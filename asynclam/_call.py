@@ -225,6 +225,10 @@ class Call:
         """Its payload, where that is not small; empty where it is."""
         return self._payload.parts if self._payload is not None else _NONE
 
+    def may_be_interrupted(self) -> None:
+        """Lets JobCancelled be raised in it."""
+        self._flags |= _wire.SOFT
+
     def frame(
         self, number: int, notes: bytes = b"", record: bytes = b"", added: int = 0
     ) -> list[_wire.Part]:

@@ -144,6 +144,14 @@ class ExecutorClosedError(AsynclamError):
     """The executor was closed or killed, before the call or while the job was under way."""
 
 
+class JobCancelled(BaseException):
+    """Raised in a job whose caller was cancelled, where ``options(cancel_grace=…)`` gives it time.
+
+    Like ``KeyboardInterrupt`` it may come at any line of the job, and passes ``except Exception``.
+    Let it pass: what the job returns, or raises instead, reaches nobody any more.
+    """
+
+
 class JobExitError(AsynclamError):
     """The job raised something that would have stopped, or silently confused, the event loop.
 

@@ -103,7 +103,7 @@ class Executor:
         the worker's traceback shown.
 
         A cancel stops the work: the worker that runs it is killed and replaced; a job that has not
-        begun is dropped; no other job is harmed.
+        begun is dropped; no other job is harmed. :meth:`options` can give the job time to clean up.
 
         Raises:
             TypeError: ``fn`` is no plain function.
@@ -134,9 +134,11 @@ class Executor:
         del call
         try:
             return await job.future  # type: ignore[no-any-return]
-        except BaseException:
+        except BaseException as error:
             if job.future.cancel() or job.future.cancelled():
                 pool.cancel(job)
+                if job.grace is not None and isinstance(error, asyncio.CancelledError):
+                    await _end_of(pool, job)
             raise
 
     def _shares_main(self) -> bool:
@@ -261,7 +263,11 @@ class Executor:
         job.future.add_done_callback(
             partial(_chunk_done, pool, job, weight, partial(lengths.measured, len(chunk)))
         )
-        return job.future
+        if not self._terms.cancel_grace:
+            return job.future
+        task = pool.loop.create_task(_outcome_of(pool, job))
+        task.add_done_callback(lambda _: job.future.cancel())  # if it has not even begun
+        return task
 
     # Needs no worker; here so that one object has it all.
     if TYPE_CHECKING:
@@ -269,7 +275,7 @@ class Executor:
     else:
         map_io = _MapIO()
 
-    def options(self, *, retries: int = 0) -> Executor:
+    def options(self, *, retries: int = 0, cancel_grace: float = 0.0) -> Executor:
         """This executor, with other terms for the jobs that are given to it here.
 
             await executor.options(retries=2).run_cpu(resize, image)
@@ -283,12 +289,19 @@ class Executor:
                 many there were. A chunk of ``map_cpu`` is begun again as a whole. A job that had
                 not begun is not lost with its worker anyway, and what a function raises is its
                 outcome: neither counts.
+            cancel_grace: seconds that a cancelled job has to end. :class:`JobCancelled` is raised
+                in it, so that its ``finally`` blocks run, and its worker is kept; after that time
+                the worker is killed. Whoever was cancelled waits until the job has ended, so that
+                what the two share may be released then; a second cancel does not wait, but kills.
+                Closing the executor waits for the job, killing it does not. 0: killed at once.
+
+        Neither means anything with ``max_workers=0``: there, a job cannot be cancelled.
 
         Raises:
-            TypeError: ``retries`` is no integer.
-            ValueError: it is negative.
+            TypeError: ``retries`` is no integer, or ``cancel_grace`` no number.
+            ValueError: one of them is negative, or ``cancel_grace`` is not finite.
         """
-        return _View(self, Terms(_checked_retries(retries)))
+        return _View(self, Terms(_checked_retries(retries), _checked_grace(cancel_grace)))
 
     # --- which pool ------------------------------------------------------------------------------
 
@@ -499,6 +512,30 @@ def _chunk_done(
         measured(job.elapsed, max(weight, job.weight))
 
 
+async def _outcome_of(pool: Pool | InlinePool, job: Job) -> Any:
+    """The outcome of a job; cancelled, it ends when the job has."""
+    try:
+        return await job.future
+    except asyncio.CancelledError:
+        # _chunk_done has cancelled the job: its callback is older than this task's.
+        if job.grace is not None:
+            await _end_of(pool, job)
+        raise
+
+
+async def _end_of(pool: Pool | InlinePool, job: Job) -> None:
+    """Waits until a cancelled job has ended; a second cancel ends it."""
+    from ._grace import shield
+
+    assert job.grace is not None
+    with shield():
+        try:
+            await job.grace.ended
+        except BaseException:
+            pool.hurry(job)
+            raise
+
+
 def _kill_in_loop(pool: Pool | InlinePool) -> None:
     """Kills a pool from another thread, or from wherever the garbage collector runs."""
     if pool.loop.is_closed():
@@ -531,6 +568,16 @@ def _checked_retries(retries: int) -> int:
     if retries < 0:
         raise ValueError(f"retries must not be negative, got {retries}; 0 tries once")
     return retries
+
+
+def _checked_grace(cancel_grace: float) -> float:
+    if not isinstance(cancel_grace, (int, float)) or isinstance(cancel_grace, bool):
+        raise TypeError(f"cancel_grace is a number of seconds, not {cancel_grace!r}")
+    if not 0 <= cancel_grace < float("inf"):
+        raise ValueError(
+            f"cancel_grace is 0 seconds or more, and finite, got {cancel_grace}; 0 kills at once"
+        )
+    return float(cancel_grace)
 
 
 def _checked_workers(max_workers: int | None) -> int:

@@ -63,6 +63,8 @@ class InlinePool:
     def cancel(self, job: Job) -> None:
         """Does nothing: the job has ended."""
 
+    hurry = cancel
+
     def expect(self) -> None:
         """Does nothing: what is closed here still runs jobs."""
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from ._call import Call
+    from ._grace import Grace
 
 _EMPTY = bytearray()
 _numbers = itertools.count(1)  # 0 means none, on the page of marks
@@ -21,13 +22,14 @@ _numbers = itertools.count(1)  # 0 means none, on the page of marks
 class Terms:
     """What a caller has said of his jobs; see :meth:`asynclam.Executor.options`."""
 
-    __slots__ = ("retries",)
+    __slots__ = ("cancel_grace", "retries")
 
-    def __init__(self, retries: int) -> None:
+    def __init__(self, retries: int = 0, cancel_grace: float = 0.0) -> None:
         self.retries = retries
+        self.cancel_grace = cancel_grace
 
 
-USUAL = Terms(0)
+USUAL = Terms()
 
 
 class Counts:
@@ -59,18 +61,22 @@ class Job:
         expected: how long it is expected to run, in microseconds.
         losses: how many workers have died with it next in turn.
         tries: how many have died while they ran it.
+        grace: the time that it has to end, once it is cancelled, if its terms give it any.
         elapsed: how long it has run, in microseconds; 0 until it has ended.
         weight: bytes that the reply to a chunk takes.
     """
 
     __slots__ = (
-        "call", "elapsed", "expected", "future", "losses", "number", "order", "terms", "tries",
-        "weight", "worker",
+        "call", "elapsed", "expected", "future", "grace", "losses", "number", "order", "terms",
+        "tries", "weight", "worker",
     )  # fmt: skip
 
     def __init__(self, call: Call, future: Future[Any], terms: Terms = USUAL) -> None:
         self.call = call
         self.terms = terms
+        if terms.cancel_grace:
+            call.may_be_interrupted()
+        self.grace: Grace | None = None
         self.future = future
         self.number = next(_numbers)
         self.worker: Any = None
@@ -125,16 +131,24 @@ class Job:
 
     def succeed(self, result: object) -> None:
         """Gives the result, unless there is an outcome already (a cancel)."""
+        if self.future.done():
+            self.drop()
+            return
         if self.call.kind is None:
             self.call.close()
-        if not self.future.done():
-            self.future.set_result(result)
+        self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
         """Gives the error, unless there is an outcome already."""
-        self.call.close()
+        self.drop()
         if self._wanted():
             self.future.set_exception(self._harmless(error))
+
+    def drop(self) -> None:
+        """No worker has the job, or will have it."""
+        self.call.close()
+        if self.grace is not None:
+            self.grace.end()
 
     def _wanted(self) -> bool:
         # A future of a closed loop cannot call back, and nobody waits for it.

@@ -28,7 +28,9 @@ If the fork server dies, its control connection ends. Its workers go on until th
 are replaced by workers of the next server; nobody can tell how such a worker ended.
 
 Cancelling a job that a worker has is a KILL to that worker, once it has no other: the others are
-revoked before, which takes a millisecond.
+revoked before, which takes a millisecond. A job whose terms give it time to end is revoked itself:
+if it has begun, it is told to end by an INTERRUPT to that worker, which is killed only when the time
+is over.
 
 The order of shutdown: no more jobs; the last ones end; channels are closed, so that workers read
 end of file and exit; the EXITED of each is awaited; the control connection is closed. A kill closes
@@ -201,13 +203,17 @@ class Pool:
             self.loop.call_soon(self._advance_close)
 
     def cancel(self, job: Job) -> None:
-        """Stops the work on a job whose future is done: drops it, or kills the worker that has it."""
+        """Stops the work on a job whose future is done: drops it, or kills the worker that has it.
+
+        If the terms of the job give it time to end, and a worker has it, it has a ``grace`` then.
+        """
         self.counts.cancelled += 1
         self._queue.pop(job.number, None)
         worker = job.worker
         if job.number in self._arriving:
             self._arriving.pop(job.number)[1].cancel()
         elif worker is not None and len(worker.jobs) > 1:
+            self._give_time(job)
             self._revoke(worker)  # and sees to the cancelled jobs when the others are safe
             return
         elif worker is not None and worker.transfer is not None:
@@ -215,10 +221,23 @@ class Pool:
             worker.sent -= 1
             self._requeue(worker, worker.jobs.pop())
             self._refill(worker)
+        elif worker is not None and worker.state is _BUSY and self._give_time(job):
+            self._revoke(worker)  # and sees to it if it has begun
+            return
         elif worker is not None:
             self._kill(worker)
         job.call.close()  # after its frame was dropped with the channel: it names the descriptors
         self._dispatch()
+
+    def hurry(self, job: Job) -> None:
+        """Ends the time that a cancelled job has; the worker that runs it is killed."""
+        worker, grace = job.worker, job.grace
+        if worker is None or grace is None:
+            return
+        grace.is_over = True
+        if worker.revoking is None and worker.state is _BUSY:
+            self._kill(worker)
+            self._dispatch()
 
     def attach(self, loop: AbstractEventLoop) -> None:
         """Moves the idle workers to another loop; the one before is closed, and its jobs with it."""
@@ -468,14 +487,45 @@ class Pool:
             return  # it is dead, dying or given up, which settles its jobs
         if self._queue_again(worker, begun) and not worker.jobs:
             pass  # it is stopped, or has no CPU: until it has skipped the last, it gets no other
-        elif worker.jobs and worker.jobs[0].future.done():  # cancelled, and runs
-            self._kill(worker)
         else:
             for job in worker.jobs:  # one at most
                 worker.expected += _LONG - job.expected
                 job.expected = _LONG
-            self._refill(worker)
+            if worker.jobs and worker.jobs[0].future.done():  # cancelled, and runs
+                self._end_job(worker, worker.jobs[0])
+            else:
+                self._refill(worker)
         self._dispatch()
+
+    # --- cancelled jobs that have time to end -----------------------------------------------------
+
+    def _give_time(self, job: Job) -> bool:
+        """Whether the job has time to end; it begins once it is known to have begun."""
+        if not job.terms.cancel_grace:
+            return False
+        from ._grace import Grace
+
+        job.grace = Grace(self.loop)
+        return True
+
+    def _end_job(self, worker: _Worker, job: Job) -> None:
+        """Tells a cancelled job to end, which the worker runs and nothing else; or kills it."""
+        if job.grace is None or job.grace.is_over:
+            self._kill(worker)
+            return
+        self._marks.cancel(worker.slot, job.order)
+        job.grace.begin(
+            job.terms.cancel_grace,
+            partial(self._interrupt, worker),
+            partial(self._marks.has_heard, worker.slot, job.order),
+            partial(self.hurry, job),
+        )
+
+    def _interrupt(self, worker: _Worker) -> None:
+        if worker.orphan:
+            _signal_orphan(worker, signal.SIGURG)
+        elif self._control is not None:
+            self._control.send(_wire.encode(_wire.INTERRUPT, worker.number))
 
     def _queue_again(self, worker: _Worker, begun: int) -> int:
         """Puts the jobs that the worker has not begun at the head of the queue; how many."""
@@ -489,7 +539,7 @@ class Pool:
         worker.expected -= job.expected
         job.worker = None
         if job.future.done():
-            job.call.close()
+            job.drop()
         else:
             self._queue[job.number] = job
             self._queue.move_to_end(job.number, last=False)
@@ -817,10 +867,10 @@ class Pool:
     def _kill(self, worker: _Worker) -> None:
         worker.state = _DYING
         self._stop_timers(worker)
+        worker.channel.close()  # before the calls: frames in its buffer name their descriptors
         for job in worker.jobs:
-            job.call.close()
+            job.drop()
         worker.jobs.clear()
-        worker.channel.close()
         if worker.orphan:
             _kill_orphan(worker)
             self._bury(worker)
@@ -884,6 +934,15 @@ def _connections() -> tuple[socket.socket, socket.socket, Life]:
 def _handed_over(channel: socket.socket, life: Life) -> None:
     channel.close()
     life.handed_over()
+
+
+def _signal_orphan(worker: _Worker, number: int) -> None:
+    # As below; that its channel is open makes it certain.
+    if worker.pid is not None and not worker.channel.ended:
+        try:
+            os.kill(worker.pid, number)
+        except OSError:
+            pass
 
 
 def _kill_orphan(worker: _Worker) -> None:

@@ -6,8 +6,8 @@
 
 Theory of operation. A process that has threads, TLS pools or gigabytes cannot be forked quickly,
 or at all; this one can, in about a millisecond, as long as it stays as small as it was. It receives
-START (with the worker's end of a channel) and KILL on a pool's control connection and reports EXITED
-and NOT_STARTED there. It blocks only in poll(2), and in writing these short reports, of which there
+START (with the worker's end of a channel), KILL and INTERRUPT on a pool's control connection and
+reports EXITED and NOT_STARTED there. It blocks only in poll(2), and in writing these short reports, of which there
 is at most one for each START. It alone signals workers, and only those that it has not reaped yet:
 a pid that it names cannot have been given to another process.
 
@@ -40,6 +40,8 @@ from ._worker import Marks, Worker, after_fork, flush, send_all
 
 if TYPE_CHECKING:
     from typing import Literal
+
+    from ._guard import Guard
 
 # What this process is. Modules that a server or a worker imports may prepare() as the program does.
 role: Literal["loop process", "fork server", "worker"] = "loop process"
@@ -176,6 +178,8 @@ class _Server:
                 self._start(client, frame)
             elif frame.kind == _wire.KILL:
                 self._kill(client, frame.number)
+            elif frame.kind == _wire.INTERRUPT:
+                _signal_process(client.workers.get(frame.number), signal.SIGURG)
 
     def _start(self, client: _Client, frame: _wire.Frame) -> None:
         try:
@@ -204,7 +208,7 @@ class _Server:
         pid = client.workers.get(number)
         if pid is not None:  # else its EXITED is on its way
             _kill_group(pid)
-            _kill_process(pid)  # a job may have left the group
+            _signal_process(pid, signal.SIGKILL)  # a job may have left the group
 
     def _drop(self, client: _Client) -> None:
         for number in client.workers:
@@ -244,9 +248,11 @@ def _kill_group(pid: int) -> None:
         pass  # it is empty
 
 
-def _kill_process(pid: int) -> None:
+def _signal_process(pid: int | None, number: int) -> None:
+    if pid is None:
+        return  # its EXITED is on its way
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except OSError:
         pass  # not ours to signal any more: it runs as somebody else
 
@@ -286,8 +292,16 @@ def _become_worker(recipe: Recipe, frame: _wire.Frame) -> NoReturn:
         marks = Marks(map_segment(page))
         os.close(page)
         begin = partial(marks.begin, recipe.slot)
-        Worker(socket.socket(fileno=channel), begin).serve(recipe.initialize, bound=bound)
+        guard = partial(_guard_of, marks, recipe.slot)
+        worker = Worker(socket.socket(fileno=channel), begin, guard)
+        worker.serve(recipe.initialize, bound=bound)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(1)
+
+
+def _guard_of(marks: Marks, slot: int) -> Guard:
+    from ._guard import Guard  # when the first job comes that may be told to end
+
+    return Guard(partial(marks.is_cancelled, slot), partial(marks.hear, slot))

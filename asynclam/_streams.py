@@ -411,13 +411,23 @@ class _Engine:
     async def close(self) -> None:
         """Cancels the pump and what is under way, and waits until they have ended.
 
+        A cancel meanwhile cancels once more what is under way, and waits no longer.
+
         Raises:
             Exception: what the source raised when it was closed.
         """
         self._end()
         pending = self._pending()
         if pending:
-            await asyncio.wait(pending)
+            from ._grace import shield
+
+            try:
+                with shield():
+                    await asyncio.wait(pending)
+            except BaseException:
+                for future in self._running:
+                    future.cancel()
+                raise
         self._running.clear()
         self._done.clear()
         error, self._cleanup_error = self._cleanup_error, None

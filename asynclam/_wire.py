@@ -32,7 +32,7 @@ READY = 2  # initialised; the body is its pid
 RESULT = 3  # the job returned
 RAISED = 4  # the job raised, or its call or result could not be (un)pickled
 REFUSED = 5  # the call names something that this worker does not know; nothing has run
-SKIPPED = 6  # the job was revoked before it began; number: its place in the order of jobs
+SKIPPED = 6  # the job was revoked before it began, or was cancelled; number: its place in the order
 FAILED = 7  # the initializer raised; the worker ends
 # loop process to fork server
 START = 8  # fork a worker; descriptors: its ends of the channel and of the life pipe, the page
@@ -40,14 +40,17 @@ KILL = 9  # SIGKILL to the worker and its process group
 # fork server to loop process
 EXITED = 10  # the worker ended; the body is its wait status
 NOT_STARTED = 11  # fork failed; the body is errno
+# loop process to fork server
+INTERRUPT = 12  # SIGURG to the worker: its job is cancelled, says the page of marks
 
-_KINDS = range(JOB, NOT_STARTED + 1)
+_KINDS = range(JOB, INTERRUPT + 1)
 
 # Flags of a JOB
 CHUNK = 1  # the arguments are a list of calls, the result is the list of their results
 KEEP_ERRORS = 2  # in a chunk, an exception is the result of its item
 ITEMS = 16  # in a chunk, calls have one argument each: they are a list of these
 BY_VALUE = 4  # the second try of a refused call: nothing is left to fall back on
+SOFT = 512  # JobCancelled may be raised in the job
 # A flag of READY
 BOUND = 1  # the life pipe ends this worker; without it, only a signal to its pid does
 # Flags of any frame with a payload

@@ -4,7 +4,8 @@ Theory of operation. A worker owns one descriptor, its end of the channel, and m
 both directions: the loop process never blocks, so a full buffer always drains. It writes nothing
 but replies, in the order of the jobs, of which several may wait in the channel. Before a job's own
 code runs, its place in that order goes to the shared page of marks: whoever finds the worker dead
-reads there whether that job had begun. A job that was revoked on that page is skipped.
+reads there whether that job had begun. A job that was revoked on that page is skipped. A job that
+may be told to end runs under a guard (:mod:`._guard`).
 
 End of file means that the loop process has closed the channel or is gone: the worker ends at once,
 with ``os._exit``, so that nothing of what it inherited is finalised twice. A broken pipe while it
@@ -19,24 +20,28 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, NoReturn
 
 from . import _call, _descriptors, _payload, _raised, _steps, _wire
-from ._errors import CHANNEL_LOST, INTERNAL_ERROR, PayloadError, reason_of
+from ._errors import CHANNEL_LOST, INTERNAL_ERROR, JobCancelled, PayloadError, reason_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from . import _segments  # imported where it is used: most jobs do not need it
+    from ._guard import Guard
 
 
 class Marks:
     """The page that a pool shares with its workers: which job each has begun, and which it must not.
 
-    Jobs are named by their order on the worker's channel, from 1. A worker has two numbers of 8
-    bytes: *begun*, written by it and read by the loop process, also when the worker is dead; and
-    *revoked*, the other way round: no job up to that one may begin any more. A store takes some 80
-    ns; a frame that said the same would take a system call.
+    Jobs are named by their order on the worker's channel, from 1; 0 is none. A worker has four
+    numbers of 8 bytes: *begun*, written by it and read by the loop process, also when the worker is
+    dead; *revoked*, the other way round: no job up to that one may begin any more; *cancelled*,
+    written by the loop process: that job, which has begun, is to end; and *heard*, by the worker:
+    it has been told so. A store takes some 80 ns; a frame that said the same would take a system
+    call.
 
     A worker writes *begun* before it reads *revoked*, the loop process reads *begun* long after it
     has written *revoked* (a store is visible to the other core within a microsecond). So when the
@@ -44,7 +49,7 @@ class Marks:
     worker's reply says whether it was run or skipped.
     """
 
-    SLOT = 16  # bytes of the page for each worker
+    SLOT = 32  # bytes of the page for each worker
     ALL = (1 << 64) - 1  # revokes whatever there may be
 
     def __init__(self, memory: memoryview) -> None:
@@ -52,7 +57,7 @@ class Marks:
 
     def begin(self, slot: int, order: int) -> bool:
         """Notes that the job's code runs from here on; false if it must not."""
-        numbers, slot = self._numbers, 2 * slot
+        numbers, slot = self._numbers, 4 * slot
         numbers[slot] = order
         if order > numbers[slot + 1]:
             return True
@@ -61,15 +66,32 @@ class Marks:
 
     def begun(self, slot: int) -> int:
         """The job that was begun last, or was to be begun and was skipped; 0 if there was none."""
-        return self._numbers[2 * slot]
+        return self._numbers[4 * slot]
 
     def revoke(self, slot: int, order: int) -> None:
         """Forbids the worker to begin the jobs up to this one; that it has begun goes on."""
-        self._numbers[2 * slot + 1] = order
+        self._numbers[4 * slot + 1] = order
+
+    def cancel(self, slot: int, order: int) -> None:
+        """Says that a job is to end which has begun."""
+        self._numbers[4 * slot + 2] = order
+
+    def is_cancelled(self, slot: int, order: int) -> bool:
+        """Whether this job is to end."""
+        return self._numbers[4 * slot + 2] == order
+
+    def hear(self, slot: int, order: int) -> None:
+        """Notes that the job has been told to end; 0: nobody has."""
+        self._numbers[4 * slot + 3] = order
+
+    def has_heard(self, slot: int, order: int) -> bool:
+        """Whether this job has been told to end."""
+        return self._numbers[4 * slot + 3] == order
 
     def clear(self, slot: int) -> None:
         """Prepares the slot for another worker."""
-        self._numbers[2 * slot] = self._numbers[2 * slot + 1] = 0
+        for number in range(4 * slot, 4 * slot + 4):
+            self._numbers[number] = 0
 
 
 class Worker:
@@ -78,10 +100,18 @@ class Worker:
     Args:
         channel: its end of the channel, blocking.
         begin: notes that a job begins, given its order; says whether it may.
+        new_guard: makes what jobs run under that may be told to end.
     """
 
-    def __init__(self, channel: socket.socket, begin: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        begin: Callable[[int], bool],
+        new_guard: Callable[[], Guard],
+    ) -> None:
         self._channel = channel
+        self._new_guard = new_guard
+        self._guard: Guard | None = None  # once there is such a job
         self._segments: _segments.End | None = None  # once there is one
         self._begin = begin
         self._pid = os.getpid()
@@ -128,7 +158,11 @@ class Worker:
                 frame.close()
                 self._reply(_wire.SKIPPED, order, ())
                 continue
-            reply = run(frame, self._open)
+            if frame.flags & _wire.SOFT:
+                self._guard = self._guard or self._new_guard()
+                reply = run(frame, self._open, self._guard, order)
+            else:
+                reply = run(frame, self._open)
             if frame.descriptors:
                 frame.close()
             # A late result would hold the memory of this job while the next one is waited for.
@@ -256,8 +290,20 @@ Reply = tuple[Any, ...]  # the arguments of Worker._reply
 _FRAMES_OF_A_CHUNK = 2 if sys.version_info >= (3, 12) else 3
 
 
-def run(frame: _wire.Frame, open_segment: _call.Open | None = None) -> Reply:
-    """Runs one job; whatever happens in it becomes the reply."""
+def run(
+    frame: _wire.Frame,
+    open_segment: _call.Open | None = None,
+    guard: Guard | None = None,
+    order: int = 0,
+) -> Reply:
+    """Runs one job; whatever happens in it becomes the reply.
+
+    Args:
+        frame: the job.
+        open_segment: puts its payload in the place of its record.
+        guard: what it runs under, if it may be told to end.
+        order: its place in the order of jobs.
+    """
     number = frame.number
     begun = perf_counter_ns()
     try:
@@ -266,13 +312,16 @@ def run(frame: _wire.Frame, open_segment: _call.Open | None = None) -> Reply:
         return _wire.REFUSED, number, [str(error).encode()], 0, None
     except PayloadError as error:
         return _wire.RAISED, number, [_raised.dumps(error)], _elapsed_since(begun), None
+    enter = Context().run if guard is None else partial(guard.run, order, Context().run)
     try:
         if frame.flags & _wire.CHUNK:
-            result = Context().run(_run_chunk, fn, args, frame.flags)
+            result = enter(_run_chunk, fn, args, frame.flags)
         else:
-            result = Context().run(fn, *args, **kwargs)
+            result = enter(fn, *args, **kwargs)
     except BaseException as error:
-        skip = _FRAMES_OF_A_CHUNK if frame.flags & _wire.CHUNK else 1
+        if guard is not None and guard.cancelled:
+            return _wire.SKIPPED, order, (), 0, None
+        skip = (_FRAMES_OF_A_CHUNK if frame.flags & _wire.CHUNK else 1) + (guard is not None)
         return _wire.RAISED, number, [_raised.dumps(error, skip=skip)], _elapsed_since(begun), None
     elapsed = _elapsed_since(begun)
     if _payload.is_plain(result):
@@ -302,6 +351,8 @@ def _run_each(
     for call in calls:
         try:
             result = fn(call) if flags & _wire.ITEMS else fn(*call)
+        except JobCancelled:
+            raise  # of the chunk, not of the item
         except BaseException as error:
             result, errors[len(results)] = None, _raised.dumps(error, skip=1)
         results.append(result)

@@ -50,16 +50,16 @@ class Peer:
 class FakeWorker(Peer):
     """A worker whose death, replies and marks are the test's."""
 
-    def __init__(self, number: int, sock: socket.socket, mark) -> None:
+    def __init__(self, number: int, sock: socket.socket, marks, slot: int) -> None:
         super().__init__(sock)
         self.number = number
-        self._mark = mark
+        self._marks, self._slot = marks, slot
         self._received = 0  # jobs
         self._orders: dict[int, int] = {}  # of jobs, by number
 
     def close(self) -> None:
         super().close()
-        self._mark = None  # lets go of the page, which tracebacks would keep
+        self._marks = None  # lets go of the page, which tracebacks would keep
 
     def ready(self, pid: int = 4711) -> None:
         self.send(_wire.READY, 0, pid.to_bytes(8, "little"))
@@ -74,7 +74,15 @@ class FakeWorker(Peer):
 
     def begin(self, number: int) -> bool:
         """Marks that a job begins; whether it may."""
-        return self._mark(self._orders[number])
+        return self._marks.begin(self._slot, self._orders[number])
+
+    def is_cancelled(self, number: int) -> bool:
+        """Whether the page says that a job is to end."""
+        return self._marks.is_cancelled(self._slot, self._orders[number])
+
+    def hear(self, number: int) -> None:
+        """Marks that a job has been told to end."""
+        self._marks.hear(self._slot, self._orders[number])
 
     def skip(self, frame: _wire.Frame) -> None:
         """Replies that the job was revoked before it began."""
@@ -127,7 +135,7 @@ class FakeServer:
         from asynclam import _memory, _recipe, _worker
 
         frame = await self.control.frame()
-        while frame is not None and frame.kind == _wire.KILL:  # of one that has died by itself
+        while frame is not None and frame.kind != _wire.START:  # of one that has died by itself
             frame = await self.control.frame()
         assert frame is not None
         recipe = _recipe.Recipe.loads(frame.body)
@@ -135,17 +143,20 @@ class FakeServer:
         marks = _worker.Marks(_memory.map_segment(page))
         frame.descriptors = [page, life]
         frame.close()
-        return FakeWorker(
-            frame.number,
-            socket.socket(fileno=channel),
-            lambda order: marks.begin(recipe.slot, order),
-        )
+        return FakeWorker(frame.number, socket.socket(fileno=channel), marks, recipe.slot)
 
     async def killed(self) -> int:
         """Waits until the pool wants a worker killed; its number."""
         frame = await self.control.frame()
         assert frame is not None
         assert frame.kind == _wire.KILL
+        return frame.number
+
+    async def interrupted(self) -> int:
+        """Waits until the pool wants a worker interrupted; its number."""
+        frame = await self.control.frame()
+        assert frame is not None
+        assert frame.kind == _wire.INTERRUPT
         return frame.number
 
     def exited(self, worker: FakeWorker, status: int = signal.SIGKILL) -> None:
