@@ -56,13 +56,19 @@ class Executor:
             machine. 0: jobs run in this process, pickled all the same, and block the loop.
         initializer: called in each worker before its first job.
         initargs: its arguments.
+        max_tasks_per_child: how many jobs a worker runs before it is replaced; a chunk of
+            ``map_cpu`` counts as one. ``None``: as many as come.
+        max_memory_per_child: bytes of memory that a worker may have taken when a job has ended;
+            one that has more is replaced. What it has inherited, and shared memory, do not count; the
+            job's result does. Looking takes 6 µs a job. ``None``: as much as there is.
         start_method: how the fork server is started. ``"fork"``: from this process, so that what is
             imported here is there; safe only while this process has a single thread.
             ``"spawn"``: as a fresh interpreter. ``"auto"``: fork while that is safe and cheap.
 
     Raises:
-        ValueError: ``max_workers`` is negative, or ``start_method`` is none of the three.
-        TypeError: ``max_workers`` is no integer, or ``initializer`` cannot be called.
+        ValueError: ``max_workers`` is negative, ``start_method`` is none of the three, a limit is
+            less than 1, or memory cannot be measured on this system.
+        TypeError: ``max_workers`` or a limit is no integer, or ``initializer`` cannot be called.
         PayloadError: the initializer or its arguments cannot be pickled.
     """
 
@@ -74,12 +80,16 @@ class Executor:
         *,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[object, ...] = (),
+        max_tasks_per_child: int | None = None,
+        max_memory_per_child: int | None = None,
         start_method: Literal["auto", "fork", "spawn"] = "auto",
     ) -> None:
         self._max_workers = _checked_workers(max_workers)
         if start_method not in ("auto", "fork", "spawn"):
             raise ValueError(f'start_method is "auto", "fork" or "spawn", not {start_method!r}')
         self._start_method = start_method
+        self._max_tasks = _checked_limit("max_tasks_per_child", max_tasks_per_child)
+        self._max_memory = _checked_limit("max_memory_per_child", max_memory_per_child)
         self._initializer = _pickled_initializer(initializer, initargs)
         self._pools: list[Pool | InlinePool] = []
         self._pool: Pool | InlinePool | None = None  # that of the loop that asked last
@@ -350,7 +360,15 @@ class Executor:
         from ._pool import Plan, Pool
 
         limit = partial(_limit, self._max_workers, self._pools)
-        return Pool(loop, Plan(self._start_method, self._initializer, limit))
+        plan = Plan(
+            self._start_method,
+            self._initializer,
+            limit,
+            threads=max(1, _environment.visible_cpus() // self._max_workers),
+            max_tasks=self._max_tasks,
+            max_memory=self._max_memory,
+        )
+        return Pool(loop, plan)
 
     def _start_server(self) -> None:
         """Before the first call is made: whether it goes by reference depends on how it is started."""
@@ -394,6 +412,8 @@ class Executor:
             jobs_cancelled=self._counted("cancelled"),
             jobs_retried=self._counted("retries"),
             worker_deaths=self._counted("deaths"),
+            workers_spent=self._counted("spent"),
+            workers_grown=self._counted("grown"),
             threads_busy=self._threads.busy,
             threads_abandoned=self._threads.abandoned,
         )
@@ -568,6 +588,23 @@ def _checked_retries(retries: int) -> int:
     if retries < 0:
         raise ValueError(f"retries must not be negative, got {retries}; 0 tries once")
     return retries
+
+
+def _checked_limit(name: str, limit: int | None) -> int | None:
+    if limit is None:
+        return None
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        raise TypeError(f"{name} is an integer or None, not {limit!r}")
+    if limit < 1:
+        raise ValueError(f"{name} must be at least 1, got {limit}; None means no limit")
+    if name == "max_memory_per_child":
+        from . import _limits
+
+        if not _limits.can_measure():
+            raise ValueError(
+                f"{name} needs /proc/self/statm, which is not here; max_tasks_per_child does not"
+            )
+    return limit
 
 
 def _checked_grace(cancel_grace: float) -> float:

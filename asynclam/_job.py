@@ -40,12 +40,14 @@ class Counts:
         cancelled: jobs that were cancelled before they had ended.
         retries: how often a job was begun again.
         deaths: workers that died while they had a job.
+        spent: workers that were replaced because they had run as many jobs as they may.
+        grown: workers that were replaced because of the memory that they had taken.
     """
 
-    __slots__ = ("cancelled", "completed", "deaths", "retries")
+    __slots__ = ("cancelled", "completed", "deaths", "grown", "retries", "spent")
 
     def __init__(self) -> None:
-        self.cancelled = self.completed = self.deaths = self.retries = 0
+        self.cancelled = self.completed = self.deaths = self.retries = self.spent = self.grown = 0
 
 
 class Job:

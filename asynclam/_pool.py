@@ -4,7 +4,7 @@ Theory of operation. A pool belongs to one event loop at a time. It owns one con
 the fork server, one channel a worker, and the page of marks.
 
     worker:  STARTING ──READY──► IDLE ◄──reply── BUSY ──channel ended──► DYING ──EXITED──► gone
-                 └──FAILED, NOT_STARTED, death──► failed start           (killed: DYING at once)
+                 └──FAILED, NOT_STARTED, death──► failed start  (killed or retired: DYING at once)
 
 A job is sent to an idle worker or waits in the queue. Workers are started when jobs wait, up to
 ``max_workers``, and live on.
@@ -81,7 +81,10 @@ _SEEN = 0.001  # seconds after which a store has certainly been seen by a proces
 
 _STARTING, _IDLE, _BUSY, _DYING = "starting", "idle", "busy", "dying"
 
+_NO_LAST = 1 << 62  # a worker may be sent any number of jobs
+
 _IN_MEMORY = _wire.SEGMENT | _wire.RELEASES
+_UNUSUAL = _IN_MEMORY | _wire.GROWN
 _OUTCOMES = (_wire.RESULT, _wire.RAISED)
 
 _worker_numbers = itertools.count(1)
@@ -90,15 +93,20 @@ _worker_numbers = itertools.count(1)
 class Plan:
     """How a pool's workers are made."""  # no NamedTuple, which takes longer than a module to make
 
-    __slots__ = ("initializer", "limit", "start_method")
+    __slots__ = ("initializer", "limit", "max_memory", "max_tasks", "start_method", "threads")
 
     def __init__(
         self,
         start_method: _forkserver.StartMethod,
         initializer: bytes,
         limit: Callable[[Pool], int],  # how many this pool may have now
+        *,
+        threads: int = 0,  # of numeric libraries in each; 0: as many as they like
+        max_tasks: int | None = None,  # that each may run
+        max_memory: int | None = None,  # bytes that each may take between two jobs
     ) -> None:
         self.start_method, self.initializer, self.limit = start_method, initializer, limit
+        self.threads, self.max_tasks, self.max_memory = threads, max_tasks, max_memory
 
 
 class _Worker:
@@ -110,6 +118,7 @@ class _Worker:
         "channel",
         "expected",
         "jobs",
+        "last",
         "life",
         "number",
         "orphan",
@@ -124,13 +133,14 @@ class _Worker:
         "watched",
     )  # fmt: skip
 
-    def __init__(self, slot: int) -> None:
+    def __init__(self, slot: int, last: int) -> None:
         self.number = next(_worker_numbers)
         self.slot = slot
         self.state = _STARTING
         self.channel: Channel
         self.jobs: deque[Job] = deque()  # sent and not replied to, in order
         self.sent = 0  # how many jobs, which gives each its order
+        self.last = last  # the order of the last one that it may be sent; -1: it is to end
         self.expected = 0  # microseconds that its jobs are expected to run
         self.watched: Job | None = None  # its first job when it was looked at last
         self.revoking: TimerHandle | None = None  # until what waits in its channel is taken back
@@ -219,6 +229,7 @@ class Pool:
         elif worker is not None and worker.transfer is not None:
             self._stop_transfer(worker)  # it has not heard of the job yet
             worker.sent -= 1
+            worker.last -= 1
             self._requeue(worker, worker.jobs.pop())
             self._refill(worker)
         elif worker is not None and worker.state is _BUSY and self._give_time(job):
@@ -396,7 +407,7 @@ class Pool:
             if not worker.jobs:
                 self._bury(worker)
             return
-        while self._queue and worker.revoking is None:
+        while self._queue and worker.revoking is None and worker.sent < worker.last:
             job = next(iter(self._queue.values()))
             if worker.jobs and not self._fits(worker, job):
                 break
@@ -404,10 +415,23 @@ class Pool:
             if not job.future.done():
                 self._give(worker, job)
         if not worker.jobs and worker.revoking is None:
+            if worker.sent >= worker.last:
+                self._retire(worker)
+                return
             worker.state = _IDLE
             self._idle.append(worker)
             if self._closing is not None:
                 self._advance_close()
+
+    def _retire(self, worker: _Worker) -> None:
+        """Ends a worker without a job, which has run as many, or taken as much memory, as it may."""
+        if worker.last >= 0:
+            self.counts.spent += 1
+        else:
+            self.counts.grown += 1
+        worker.state = _DYING
+        worker.channel.close()
+        self._dispatch()
 
     # --- pipelining ------------------------------------------------------------------------------
 
@@ -432,6 +456,8 @@ class Pool:
         if kind is None or worker.revoking or worker.orphan:
             return False
         if not 0 < len(worker.jobs) < _MOST_IN_CHANNEL:  # 0: it has jobs to skip, and to say so
+            return False
+        if worker.sent >= worker.last:
             return False
         return worker.expected + self._times.get(kind, _LONG) <= _MOST_WAIT
 
@@ -514,6 +540,8 @@ class Pool:
             self._kill(worker)
             return
         self._marks.cancel(worker.slot, job.order)
+        if worker.last > 0:
+            worker.last -= 1  # it has run, though that will be told as if it had not
         job.grace.begin(
             job.terms.cancel_grace,
             partial(self._interrupt, worker),
@@ -537,6 +565,8 @@ class Pool:
     def _requeue(self, worker: _Worker, job: Job) -> None:
         """Puts a job at the head of the queue that was the worker's."""
         worker.expected -= job.expected
+        if worker.last >= 0:
+            worker.last += 1
         job.worker = None
         if job.future.done():
             job.drop()
@@ -580,8 +610,14 @@ class Pool:
         except (OSError, ValueError) as error:  # ValueError: ASYNCLAM_SEGMENTS makes no sense
             self._start_failed(error)
             return
-        worker = _Worker(self._slots.popleft())
-        recipe = Recipe(worker.slot, self._plan.initializer, self._preload())
+        worker = _Worker(self._slots.popleft(), self._plan.max_tasks or _NO_LAST)
+        recipe = Recipe(
+            worker.slot,
+            self._plan.initializer,
+            self._preload(),
+            threads=self._plan.threads,
+            max_memory=self._plan.max_memory or 0,
+        )
         start = _wire.encode(_wire.START, worker.number, [recipe.dumps()], descriptors=3)
         worker.life = life
         worker.channel = Channel(
@@ -693,7 +729,7 @@ class Pool:
         if not jobs or jobs[0].number != frame.number or frame.kind not in _OUTCOMES:
             self._on_other(worker, frame)
             return None
-        if frame.flags & _IN_MEMORY and not self._open(worker, frame):
+        if frame.flags & _UNUSUAL and not self._open(worker, frame):
             return None
         job = jobs.popleft()
         job.worker = None
@@ -717,6 +753,12 @@ class Pool:
 
     def _open(self, worker: _Worker, frame: _wire.Frame) -> bool:
         """Puts the payload in the place of its record; false if the worker is not to be believed."""
+        if frame.flags & _wire.GROWN:
+            worker.last = -1  # it is sent no more, and retires when it has no job
+            if len(worker.jobs) > 1:
+                self._revoke(worker)
+            if not frame.flags & _IN_MEMORY:
+                return True
         segments = self._segments_of(worker)
         try:
             if frame.flags & _wire.RELEASES:
@@ -736,7 +778,7 @@ class Pool:
     def _on_other(self, worker: _Worker, frame: _wire.Frame) -> None:
         """All that is no result: beginnings, refusals, and what makes no sense."""
         job = worker.jobs[0] if worker.jobs else None
-        if frame.flags & _IN_MEMORY and not self._open(worker, frame):
+        if frame.flags & _UNUSUAL and not self._open(worker, frame):
             return
         if frame.kind == _wire.READY and worker.state is _STARTING:
             worker.pid = int.from_bytes(frame.body, "little")

@@ -6,6 +6,8 @@ import os
 import pickle
 import sys
 
+from . import _limits
+
 
 class Recipe:
     """What a worker takes over from the loop process at the moment when it is started.
@@ -14,13 +16,27 @@ class Recipe:
         slot: where it marks what it has begun.
         initializer: pickled ``(function, arguments)`` to be called first; empty for none.
         preload: modules that a spawned server imports before it forks.
+        threads: how many threads numeric libraries may start; 0: as many as they like.
+        max_memory: bytes that it may take between two jobs; 0: as much as there is.
     """
 
-    def __init__(self, slot: int, initializer: bytes, preload: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        slot: int,
+        initializer: bytes,
+        preload: tuple[str, ...],
+        *,
+        threads: int = 0,
+        max_memory: int = 0,
+    ) -> None:
         self.slot = slot
         self.path = list(sys.path)
         self.directory = _working_directory()
         self.environment = dict(os.environ)
+        self.threads = 0 if _limits.are_threads_chosen(self.environment) else threads
+        if threads:
+            self.environment.update(_limits.thread_variables(self.environment, threads))
+        self.max_memory = max_memory
         self.initializer = initializer
         self.preload = preload
 
@@ -43,13 +59,15 @@ class Recipe:
             initializer(*arguments)
 
     def apply(self) -> None:
-        """Makes this process's path, directory and environment those of the loop process."""
+        """Makes this process's path, directory and environment what they are to be."""
         sys.path[:] = self.path
         if self.directory:
             os.chdir(self.directory)
-        if self.environment != dict(os.environ):
-            os.environ.clear()
-            os.environ.update(self.environment)
+        wanted, current = self.environment, dict(os.environ)
+        for name in current.keys() - wanted.keys():
+            del os.environ[name]
+        os.environ.update(wanted.items() - current.items())
+        _limits.limit_threads(self.threads)
 
 
 def _working_directory() -> str:

@@ -33,7 +33,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from . import _descriptors, _life, _wire
+from . import _descriptors, _life, _limits, _wire
 from ._memory import map_segment
 from ._recipe import Recipe
 from ._worker import Marks, Worker, after_fork, flush, send_all
@@ -187,8 +187,10 @@ class _Server:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             recipe = Recipe.loads(frame.body)
             # Before the first worker only: meanwhile no worker can be killed.
-            if self._preload and not self._owners:
-                _import(recipe)
+            if not self._owners:
+                if self._preload:
+                    _import(recipe)
+                _limits.prepare()
             flush()
             pid = os.fork()
         except OSError as error:
@@ -293,7 +295,8 @@ def _become_worker(recipe: Recipe, frame: _wire.Frame) -> NoReturn:
         os.close(page)
         begin = partial(marks.begin, recipe.slot)
         guard = partial(_guard_of, marks, recipe.slot)
-        worker = Worker(socket.socket(fileno=channel), begin, guard)
+        growth = _limits.Growth(recipe.max_memory) if recipe.max_memory else None
+        worker = Worker(socket.socket(fileno=channel), begin, guard, growth)
         worker.serve(recipe.initialize, bound=bound)
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -23,6 +23,8 @@ class Statistics:
         jobs_cancelled: jobs that were cancelled before they had ended.
         jobs_retried: how often a job was begun again (``options(retries=n)``).
         worker_deaths: workers that died while they had a job.
+        workers_spent: workers that were replaced after ``max_tasks_per_child`` jobs.
+        workers_grown: workers that were replaced because of ``max_memory_per_child``.
         threads_busy: threads of ``run_blocking``, abandoned ones among them.
         threads_abandoned: those whose caller was cancelled; they run until the function returns.
     """
@@ -37,5 +39,7 @@ class Statistics:
     jobs_cancelled: int
     jobs_retried: int
     worker_deaths: int
+    workers_spent: int
+    workers_grown: int
     threads_busy: int
     threads_abandoned: int

@@ -51,6 +51,8 @@ KEEP_ERRORS = 2  # in a chunk, an exception is the result of its item
 ITEMS = 16  # in a chunk, calls have one argument each: they are a list of these
 BY_VALUE = 4  # the second try of a refused call: nothing is left to fall back on
 SOFT = 512  # JobCancelled may be raised in the job
+# A flag of a reply
+GROWN = 4  # the worker has taken more memory than it may
 # A flag of READY
 BOUND = 1  # the life pipe ends this worker; without it, only a signal to its pid does
 # Flags of any frame with a payload

@@ -31,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from . import _segments  # imported where it is used: most jobs do not need it
     from ._guard import Guard
+    from ._limits import Growth
 
 
 class Marks:
@@ -101,6 +102,7 @@ class Worker:
         channel: its end of the channel, blocking.
         begin: notes that a job begins, given its order; says whether it may.
         new_guard: makes what jobs run under that may be told to end.
+        growth: tells whether this process has taken more memory than it may; ``None``: it may.
     """
 
     def __init__(
@@ -108,9 +110,11 @@ class Worker:
         channel: socket.socket,
         begin: Callable[[int], bool],
         new_guard: Callable[[], Guard],
+        growth: Growth | None = None,
     ) -> None:
         self._channel = channel
         self._new_guard = new_guard
+        self._growth = growth
         self._guard: Guard | None = None  # once there is such a job
         self._segments: _segments.End | None = None  # once there is one
         self._begin = begin
@@ -170,6 +174,8 @@ class Worker:
             if _is_forked:
                 exit_if_forked()
             flush()
+            if self._growth is not None and self._growth.is_over():
+                reply = (*reply[:3], reply[3] | _wire.GROWN, reply[4])
             self._reply(*reply)
             del reply
 

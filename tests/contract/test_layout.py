@@ -24,13 +24,16 @@ ARROWS = {
     "_call": {"_payload", "_steps", "_wire", "_errors"},
     "_raised": {"_errors"},
     "_guard": {"_errors"},
+    "_limits": set(),
     "_worker": {
-        "_call", "_descriptors", "_guard", "_payload", "_raised", "_segments", "_steps", "_wire",
+        "_call", "_descriptors", "_guard", "_limits", "_payload", "_raised", "_segments", "_steps", "_wire",
         "_errors",
     },
-    "_recipe": set(),
+    "_recipe": {"_limits"},
     "_life": {"_descriptors"},
-    "_server": {"_descriptors", "_guard", "_life", "_memory", "_recipe", "_wire", "_worker"},
+    "_server": {
+        "_descriptors", "_guard", "_life", "_limits", "_memory", "_recipe", "_wire", "_worker",
+    },
     "_forkserver": {"_descriptors", "_life", "_server", "_worker"},
     # ---- the asyncio line: nothing above this comment imports asyncio or anyio ----
     "_channel": {"_descriptors", "_wire", "_worker"},
@@ -49,7 +52,7 @@ ARROWS = {
     "_statistics": set(),
     "_executor": {
         "_call", "_chunks", "_environment", "_errors", "_forkserver", "_grace", "_inline", "_job",
-        "_payload", "_pool", "_server", "_sources", "_statistics", "_steps", "_streams", "_threads", "_wire",
+        "_limits", "_payload", "_pool", "_server", "_sources", "_statistics", "_steps", "_streams", "_threads", "_wire",
     },
     "_default": {"_executor", "_sources", "_streams"},
     "_handler": {"_call", "_default", "_executor", "_server"},

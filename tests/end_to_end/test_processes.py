@@ -76,7 +76,8 @@ async def test_state_is_that_of_the_moment(tmp_path, monkeypatch):
         path, directory, environment = await executor.run_cpu(jobs.takes_over)
     assert path == sys.path
     assert directory == str(tmp_path)
-    assert environment == dict(os.environ)
+    assert environment == {**environment, **os.environ}
+    assert all(name.endswith("_THREADS") for name in environment.keys() - os.environ.keys())
 
 
 async def test_random_numbers(executor):
