@@ -398,9 +398,10 @@ class Executor:
     # --- its life --------------------------------------------------------------------------------
 
     def statistics(self) -> Statistics:
-        """What it has under way, over all event loops."""
+        """What it has under way and has done, over all event loops; counts end with a kill."""
         from ._statistics import Statistics
 
+        ran = self._counted("ran") / 1e6
         return Statistics(
             max_workers=self._max_workers,
             workers_starting=self._count("starting"),
@@ -414,11 +415,15 @@ class Executor:
             worker_deaths=self._counted("deaths"),
             workers_spent=self._counted("spent"),
             workers_grown=self._counted("grown"),
+            queue_seconds=self._counted("waited"),
+            transport_seconds=self._counted("away") - ran,
+            run_seconds=ran,
+            segments_in_use=sum(pool.segments for pool in self._pools),
             threads_busy=self._threads.busy,
             threads_abandoned=self._threads.abandoned,
         )
 
-    def _counted(self, what: str) -> int:
+    def _counted(self, what: str) -> Any:
         return sum(getattr(pool.counts, what) for pool in self._pools)
 
     def _count(self, state: str) -> int:

@@ -19,6 +19,7 @@ the end of a ``try`` is outside of its exception table, and signals are handled 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -38,12 +39,13 @@ class Guard:
 
     Attributes:
         cancelled: whether the last job was cancelled, so that nobody waits for its outcome.
+        left_children: whether it has left processes behind then, which are to end with it.
     """
 
     def __init__(self, is_cancelled: Callable[[int], bool], hear: Callable[[int], object]) -> None:
         self._is_cancelled = is_cancelled
         self._hear = hear
-        self.cancelled = False
+        self.cancelled = self.left_children = False
         self._running = 0  # order of the job that runs; 0: none
         self._armed = 0  # the same, until it has been told
         self._handler = self._on_signal  # one object, to be compared by identity
@@ -56,7 +58,8 @@ class Guard:
         A job that was cancelled returns nothing; if it raises something else nevertheless, that
         goes to stderr.
         """
-        self.cancelled = False
+        self.cancelled = self.left_children = False
+        had_children = _has_children()
         self._install()  # jobs may have installed others
         try:
             try:
@@ -66,14 +69,18 @@ class Guard:
                 self._disarm()
         except BaseException as error:
             self._disarm()
-            self.cancelled = self._is_cancelled(order)
+            self._look_at_the_end(order, had_children=had_children)
             if self.cancelled and not isinstance(error, JobCancelled):
                 sys.excepthook(type(error), error, error.__traceback__)
             raise
-        self.cancelled = self._is_cancelled(order)
+        self._look_at_the_end(order, had_children=had_children)
         if self.cancelled:
             raise JobCancelled
         return result
+
+    def _look_at_the_end(self, order: int, *, had_children: bool) -> None:
+        self.cancelled = self._is_cancelled(order)
+        self.left_children = self.cancelled and not had_children and _has_children()
 
     def _install(self) -> None:
         signal.signal(SIGNAL, self._handler)
@@ -104,3 +111,11 @@ class Guard:
             self._hear(0)
         else:
             self._next_hook(unraisable)
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from . import _steps, _wire, _worker
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class InlinePool:
     """Has the verbs of :class:`asynclam._pool.Pool`, and no workers."""
 
-    alive = queued = running = 0
+    alive = queued = running = segments = 0
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
@@ -42,7 +43,11 @@ class InlinePool:
                 job.fail(error)
                 return job
             reply = self._run(job)
-        self.counts.completed += 1
+        job.elapsed = reply.elapsed
+        counts = self.counts
+        counts.completed += 1
+        counts.away += perf_counter() - job.made
+        counts.ran += reply.elapsed
         if reply.flags & _wire.PIECES:
             _steps.run(job.receive_steps(reply, os.getpid()))
         else:

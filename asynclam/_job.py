@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import _payload, _raised, _steps, _wire
@@ -35,6 +36,9 @@ USUAL = Terms()
 class Counts:
     """What has become of a pool's jobs and workers, since it was made.
 
+    Times are of jobs that were replied to: *waited* until nothing was before them in a worker,
+    *away* from then until the reply was read, *ran* as the worker measured it.
+
     Attributes:
         completed: jobs that were replied to.
         cancelled: jobs that were cancelled before they had ended.
@@ -42,12 +46,19 @@ class Counts:
         deaths: workers that died while they had a job.
         spent: workers that were replaced because they had run as many jobs as they may.
         grown: workers that were replaced because of the memory that they had taken.
+        waited: seconds.
+        away: seconds.
+        ran: microseconds.
     """
 
-    __slots__ = ("cancelled", "completed", "deaths", "grown", "retries", "spent")
+    __slots__ = (
+        "away", "cancelled", "completed", "deaths", "grown", "ran", "retries", "spent", "waited",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.cancelled = self.completed = self.deaths = self.retries = self.spent = self.grown = 0
+        self.waited = self.away = 0.0
+        self.ran = 0
 
 
 class Job:
@@ -57,6 +68,7 @@ class Job:
         call: what is called.
         terms: what the caller has said of it.
         future: its outcome.
+        made: when it was, by the monotonic clock.
         number: names it on the channel and on the page of marks.
         worker: who has it; ``None`` while it waits, and once it has ended.
         order: its place among the jobs that the worker was sent.
@@ -69,8 +81,8 @@ class Job:
     """
 
     __slots__ = (
-        "call", "elapsed", "expected", "future", "grace", "losses", "number", "order", "terms",
-        "tries", "weight", "worker",
+        "call", "elapsed", "expected", "future", "grace", "losses", "made", "number", "order",
+        "terms", "tries", "weight", "worker",
     )  # fmt: skip
 
     def __init__(self, call: Call, future: Future[Any], terms: Terms = USUAL) -> None:
@@ -80,6 +92,7 @@ class Job:
             call.may_be_interrupted()
         self.grace: Grace | None = None
         self.future = future
+        self.made = perf_counter()
         self.number = next(_numbers)
         self.worker: Any = None
         self.order = self.expected = self.losses = self.tries = self.elapsed = self.weight = 0
@@ -91,7 +104,6 @@ class Job:
 
     def receive(self, frame: _wire.Frame, pid: int | None) -> None:
         """Settles the job with a worker's reply."""
-        self.elapsed = frame.elapsed
         try:
             if frame.kind == _wire.RESULT:
                 call = self.call
@@ -109,7 +121,6 @@ class Job:
 
     def receive_steps(self, frame: _wire.Frame, pid: int | None) -> Generator[None, None, None]:
         """Settles the job with a large result, a millisecond at a time."""
-        self.elapsed = frame.elapsed
         if self.call.is_chunk:
             self._weigh(frame)
         body, frame.body = frame.body, _EMPTY

@@ -126,6 +126,7 @@ class _Worker:
         "revoking",
         "segments",
         "sent",
+        "since",
         "slot",
         "state",
         "status",
@@ -141,6 +142,7 @@ class _Worker:
         self.jobs: deque[Job] = deque()  # sent and not replied to, in order
         self.sent = 0  # how many jobs, which gives each its order
         self.last = last  # the order of the last one that it may be sent; -1: it is to end
+        self.since = 0.0  # when the first of its jobs had nothing before it any more
         self.expected = 0  # microseconds that its jobs are expected to run
         self.watched: Job | None = None  # its first job when it was looked at last
         self.revoking: TimerHandle | None = None  # until what waits in its channel is taken back
@@ -195,6 +197,8 @@ class Pool:
             return job
         worker = self._idle.pop() if self._idle else self._with_room(job)
         if worker is not None:
+            if not worker.jobs:
+                worker.since = job.made
             self._give(worker, job)
         else:
             self._failed_starts = 0
@@ -230,6 +234,7 @@ class Pool:
             self._stop_transfer(worker)  # it has not heard of the job yet
             worker.sent -= 1
             worker.last -= 1
+            worker.since = perf_counter()
             self._requeue(worker, worker.jobs.pop())
             self._refill(worker)
         elif worker is not None and worker.state is _BUSY and self._give_time(job):
@@ -321,6 +326,12 @@ class Pool:
         """How many workers can run jobs, now or soon."""
         return len(self._workers) - self.count(_DYING)
 
+    @property
+    def segments(self) -> int:
+        """How many segments objects look into, on either side, as far as is known."""
+        ends = [worker.segments for worker in self._workers.values()]
+        return sum(end.in_use for end in ends if end is not None)
+
     def _channels(self) -> list[Channel]:
         channels = [worker.channel for worker in self._workers.values()]
         return [self._control, *channels] if self._control else channels
@@ -336,6 +347,8 @@ class Pool:
                 break
             del self._queue[job.number]
             if not job.future.done():  # else it is cancelled, and cancel() is about to be called
+                if not worker.jobs:
+                    worker.since = perf_counter()
                 self._give(worker, job)
             elif not worker.jobs:
                 self._idle.append(worker)
@@ -508,6 +521,7 @@ class Pool:
         if not worker.channel.catch_up():  # a large result is coming; those behind it can wait
             worker.revoking = self.loop.call_later(_SEEN, self._take_back, worker, seen)
             return
+        worker.since = perf_counter()
         worker.revoking = None  # not before: a reply would bring jobs that *begun* says nothing of
         if worker.state is not _BUSY or worker.number not in self._workers:
             return  # it is dead, dying or given up, which settles its jobs
@@ -734,11 +748,21 @@ class Pool:
         job = jobs.popleft()
         job.worker = None
         worker.expected -= job.expected
-        self.counts.completed += 1
+        elapsed = job.elapsed = frame.elapsed
+        self._count_reply(worker, job, elapsed)
         if job.call.kind is not None:
-            self._learn(job.call.kind, frame.elapsed)
+            self._learn(job.call.kind, elapsed)
         self._refill(worker)
         return job
+
+    def _count_reply(self, worker: _Worker, job: Job, elapsed: int) -> None:
+        now, counts = perf_counter(), self.counts
+        away = now - worker.since
+        counts.completed += 1
+        counts.waited += worker.since - job.made
+        counts.away += away
+        counts.ran += elapsed if elapsed < _wire.MOST_ELAPSED else int(away * 1e6)
+        worker.since = now  # of its next job
 
     def _settle_all(self, replies: list[tuple[Job, _wire.Frame]], pid: int | None) -> None:
         replies.reverse()
@@ -777,6 +801,7 @@ class Pool:
 
     def _on_other(self, worker: _Worker, frame: _wire.Frame) -> None:
         """All that is no result: beginnings, refusals, and what makes no sense."""
+        worker.since = perf_counter()
         job = worker.jobs[0] if worker.jobs else None
         if frame.flags & _UNUSUAL and not self._open(worker, frame):
             return
@@ -882,7 +907,7 @@ class Pool:
         if worker.state is _STARTING:
             self._start_failed(worker.cause or _death("nothing yet", worker))
         elif worker.jobs:
-            self.counts.deaths += 1
+            self.counts.deaths += any(not job.future.done() for job in worker.jobs)
             self._settle(worker, begun)
         self._dispatch()
 

@@ -161,6 +161,11 @@ class Outgoing:
         """How many segments it keeps."""
         return len(self._free) + len(self._out)
 
+    @property
+    def in_use(self) -> int:
+        """How many are on their way, or the peer may look into."""
+        return len(self._out) + len(self._leased)
+
     def acquire(self, nbytes: int) -> Lease | None:
         """A segment for a payload of ``nbytes``, more than 0; ``None``: send it in the frame.
 
@@ -288,6 +293,11 @@ class Incoming:
     def __len__(self) -> int:
         """How many segments it keeps."""
         return len(self._out) + len(self._idle)
+
+    @property
+    def in_use(self) -> int:
+        """How many something looked into when that was last to be told."""
+        return len(self._out)
 
     def open(self, record: _wire.Part, descriptors: list[int] | None) -> tuple[memoryview, bool]:
         """The payload that a record names.
@@ -420,6 +430,11 @@ class End:
     def __init__(self, share: Share) -> None:
         self.outgoing = Outgoing(share)
         self.incoming = Incoming(share)
+
+    @property
+    def in_use(self) -> int:
+        """How many segments something looks into, on either side, as far as this end was told."""
+        return self.outgoing.in_use + self.incoming.in_use
 
     def notes(self) -> bytes:
         """What the next frame has to begin with, flagged ``_wire.RELEASES``; empty if nothing is due.

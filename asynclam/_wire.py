@@ -62,12 +62,12 @@ RELEASES = 64  # the body begins with notes on segments
 PIECES = 128  # the payload is pickled in pieces, and out-of-band buffers may be objects
 # Above the flags, a reply says how long the job has run, in microseconds; the field is u32.
 _ELAPSED = 8  # bits of flags below it
-_MOST_ELAPSED = (1 << 32 - _ELAPSED) - 1  # microseconds, 16.8 seconds: what is longer says so much
+MOST_ELAPSED = (1 << 32 - _ELAPSED) - 1  # microseconds, 16.8 seconds: what is longer says so much
 
 
 def elapsed_flags(nanoseconds: int) -> int:
     """The flags that tell a run time."""
-    return min(nanoseconds // 1000, _MOST_ELAPSED) << _ELAPSED
+    return min(nanoseconds // 1000, MOST_ELAPSED) << _ELAPSED
 
 
 Part = bytes | bytearray | memoryview

@@ -165,6 +165,8 @@ class Worker:
             if frame.flags & _wire.SOFT:
                 self._guard = self._guard or self._new_guard()
                 reply = run(frame, self._open, self._guard, order)
+                if self._guard.left_children:
+                    return  # they are in the worker's process group, which is killed after it
             else:
                 reply = run(frame, self._open)
             if frame.descriptors:

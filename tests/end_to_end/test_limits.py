@@ -64,16 +64,19 @@ async def test_inherited_memory_does_not_count(method):
     del heap
 
 
+@pytest.mark.skipif(
+    os.environ.get("ASYNCLAM_SEGMENTS") == "stream", reason="about segments; payloads are in frames"
+)
 async def test_shared_memory_does_not_count():
     """What travels in shared memory is not the worker's."""
-    numpy = pytest.importorskip("numpy")
-    array = numpy.ones(64 * MIB, dtype=numpy.uint8)
+    import numpy as np
+
+    array = np.ones(64 * MIB, dtype=np.uint8)
     async with Executor(1, max_memory_per_child=32 * MIB) as executor:
         await executor.run_cpu(numpy_is_here)  # its import is the worker's
         first = await executor.run_cpu(jobs.pid)
         assert await executor.run_cpu(jobs.type_name, array) == "ndarray"
-        if os.environ.get("ASYNCLAM_SEGMENTS") != "stream":
-            assert await executor.run_cpu(jobs.pid) == first
+        assert await executor.run_cpu(jobs.pid) == first
 
 
 def numpy_is_here():
@@ -133,8 +136,6 @@ if __name__ == "__main__":
 
 def threads(workers, method, before="", **variables):
     """The numbers of threads in a worker of a fresh program, on eight CPUs."""
-    pytest.importorskip("numpy")
-    pytest.importorskip("threadpoolctl")
     environment = {key: value for key, value in os.environ.items() if "_THREADS" not in key}
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     program = PROGRAM.format(before=before, workers=workers, method=method)
@@ -172,7 +173,6 @@ def test_what_the_user_has_said_holds(before, name):
 
 async def test_an_initializer_has_the_last_word():
     """What an initializer sets is not changed again."""
-    pytest.importorskip("threadpoolctl")
     async with Executor(2, initializer=set_variable) as executor:
         assert await executor.run_cpu(os.getenv, "OMP_NUM_THREADS") == "5"
 

@@ -16,6 +16,7 @@ import pytest
 from asynclam import Executor, ExecutorClosedError, JobCancelled, JobExitError
 from tests import jobs
 from tests.parts.gate import pass_through
+from tests.parts.processes import ended
 
 LONG = 60.0  # seconds: more than any test takes
 
@@ -168,6 +169,41 @@ async def test_it_cleans_up(single, gate, trace, fn):
     assert await single.run_cpu(jobs.pid) == pid
     now = single.statistics()
     assert (now.jobs_cancelled, now.jobs_completed, now.worker_deaths) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("how", ["left", "ended", "not waited for"])
+async def test_what_it_has_spawned(single, gate, how):
+    """A job that leaves processes behind takes its worker along, and so them; else that is kept."""
+    task, pid = await started(single.options(cancel_grace=LONG), gate, spawn, how)
+    child = await gate.entered()
+    await cancelled(task)
+    await ended(child)
+    assert (await single.run_cpu(jobs.pid) == pid) is (how == "ended")
+    assert single.statistics().worker_deaths == 0
+
+
+def spawn(gate, how):
+    enter(gate)
+    child = os.fork()
+    if not child:
+        pass_through(gate)
+        os._exit(0)
+    try:
+        os.waitpid(child, 0)
+    finally:
+        if how != "left":
+            os.kill(child, signal.SIGKILL)
+        if how == "ended":
+            os.waitpid(child, 0)
+
+
+async def test_what_jobs_before_it_have_spawned(single, gate, trace):
+    """A child that was there before is none of this job's: its worker is kept, and that lives."""
+    child = await single.run_cpu(jobs.spawn_forever)
+    task, pid = await started(single.options(cancel_grace=LONG), gate, block, trace)
+    await cancelled(task)
+    assert await single.run_cpu(jobs.pid) == pid
+    os.kill(child, 0)
 
 
 @pytest.mark.parametrize("fn", [go_on, block_the_signal])

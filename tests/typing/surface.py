@@ -60,6 +60,12 @@ async def executors() -> None:
         assert_type(await executor.map_cpu(parse, [b""]), list[int])
         assert_type(await executor.map_io(download, ["key"]), list[bytes])
         assert_type(executor.statistics(), Statistics)
+        assert_type(executor.statistics().processes_pay, bool | None)
+        patient = executor.options(retries=2, cancel_grace=0.5)
+        assert_type(await patient.run_cpu(parse, b""), int)
+        assert_type(await patient.map_cpu(parse, [b""]), list[int])
+        executor.options(retries="2")  # pyright: ignore[reportArgumentType]
+        Executor(1, max_tasks_per_child=10, max_memory_per_child=1 << 30)
     Executor(start_method="forkserver")  # pyright: ignore[reportArgumentType]
 
 

@@ -1,0 +1,71 @@
+"""What an executor tells of itself."""
+
+import asyncio
+import os
+
+import numpy as np
+import pytest
+
+from asynclam import Executor
+from tests import jobs
+from tests.parts.gate import pass_through
+
+
+async def test_times():
+    """Run times are those of the functions; waiting and the way there and back are told apart."""
+    async with Executor(1) as executor:
+        assert executor.statistics().processes_pay is None
+        await asyncio.gather(*(executor.run_cpu(jobs.spin, 0.02) for _ in range(5)))
+        now = executor.statistics()
+        assert now.jobs_completed == 5
+        assert now.run_seconds >= 0.1
+        assert now.queue_seconds >= 0.02 * (1 + 2 + 3 + 4)
+        assert now.transport_seconds > 0
+        assert now.processes_pay
+
+
+async def test_jobs_that_are_too_short():
+    """It says so when it takes longer to send jobs than to run them."""
+    async with Executor(1) as executor:
+        for _ in range(50):
+            await executor.run_cpu(jobs.echo, 1)
+        now = executor.statistics()
+        assert now.processes_pay is False
+        assert now.run_seconds < now.transport_seconds
+
+
+async def test_inline():
+    """Jobs of this process have run times, too; what remains is the pickling."""
+    async with Executor(0) as executor:
+        await executor.run_cpu(jobs.spin, 0.01)
+        now = executor.statistics()
+        assert now.run_seconds >= 0.01
+        assert now.transport_seconds > 0
+        assert (now.queue_seconds, now.segments_in_use, now.processes_pay) == (0, 0, True)
+
+
+@pytest.mark.skipif(
+    os.environ.get("ASYNCLAM_SEGMENTS") == "stream", reason="about segments; payloads are in frames"
+)
+async def test_segments_in_use():
+    """Those count that an argument or a result looks into."""
+    async with Executor(1) as executor:
+        result = await executor.run_cpu(jobs.echo, np.ones(1 << 20))
+        assert executor.statistics().segments_in_use == 1, "the argument's is released"
+        del result
+        for _ in range(2):  # the notes of one frame, and of its reply
+            await executor.run_cpu(jobs.echo, 1)
+        assert executor.statistics().segments_in_use == 0
+
+
+async def test_the_status_line(gate):
+    """The repr says how many workers and jobs there are, and whether it is closed."""
+    async with Executor(1) as executor:
+        assert repr(executor) == "<Executor [workers: 0 busy, 0 idle | jobs: 0 running, 0 queued]>"
+        tasks = [asyncio.ensure_future(executor.run_cpu(pass_through, gate.path)) for _ in range(3)]
+        await gate.entered()
+        assert repr(executor) == "<Executor [workers: 1 busy, 0 idle | jobs: 1 running, 2 queued]>"
+        gate.open(3)
+        await asyncio.gather(*tasks)
+        assert repr(executor) == "<Executor [workers: 0 busy, 1 idle | jobs: 0 running, 0 queued]>"
+    assert repr(executor).startswith("<Executor [closed | workers: 0 busy, 0 idle")
