@@ -4,6 +4,7 @@
 # at a cold start, and workers walk through here too.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ._context import remaining
     from ._default import map_cpu, prepare, run_blocking, run_cpu, set_default_executor
     from ._errors import (
         AsynclamError,
@@ -36,6 +37,7 @@ _HOMES = {
     "map_cpu": "_default",
     "map_io": "_streams",
     "prepare": "_default",
+    "remaining": "_context",
     "run_blocking": "_default",
     "run_cpu": "_default",
     "set_default_executor": "_default",
@@ -58,6 +60,7 @@ __all__ = [
     "map_cpu",
     "map_io",
     "prepare",
+    "remaining",
     "run_blocking",
     "run_cpu",
     "set_default_executor",

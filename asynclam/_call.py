@@ -113,7 +113,7 @@ class Call:
     """
 
     __slots__ = (
-        "_args", "_flags", "_fn", "_head", "_kwargs", "_payload", "_small", "is_chunk",
+        "_args", "_carried", "_flags", "_fn", "_head", "_kwargs", "_payload", "_small", "is_chunk",
         "keeps_errors", "kind",
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ class Call:
         payload: _payload.Payload | None = None,
     ) -> None:
         self._fn, self._args, self._kwargs = fn, args, kwargs or _NO_KWARGS
-        self._flags = flags
+        self._flags, self._carried = flags, b""
         self.is_chunk = flags & _wire.CHUNK != 0
         self.keeps_errors = flags & _wire.KEEP_ERRORS != 0
         self._head = _head_of(fn, shares_main)
@@ -229,6 +229,11 @@ class Call:
         """Lets JobCancelled be raised in it."""
         self._flags |= _wire.SOFT
 
+    def carry(self, carried: bytes) -> None:
+        """Gives it what the job carries; see :mod:`._context`."""
+        self._carried = carried
+        self._flags |= _wire.CARRIES
+
     def frame(
         self, number: int, notes: bytes = b"", record: bytes = b"", added: int = 0
     ) -> list[_wire.Part]:
@@ -240,8 +245,9 @@ class Call:
             record: stands for the payload, which is in a segment.
             added: how many descriptors are sent besides its own.
         """
+        head = self._carried + self._head if self._carried else self._head
         if self._small is not None:
-            body = self._head + self._small
+            body = head + self._small
             if not notes:
                 return [_wire.encode_small(_wire.JOB, number, body, self._flags)]
             return _wire.encode(
@@ -255,7 +261,7 @@ class Call:
         return _wire.encode(
             _wire.JOB,
             number,
-            [notes, self._head, *parts],
+            [notes, head, *parts],
             flags=flags,
             descriptors=len(payload.descriptors) + added,
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextvars import Context, ContextVar, copy_context
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 # What a job does not need is imported where it is used: a program waits for its first result.
-from . import _call, _environment, _payload, _steps, _wire
+from . import _call, _context, _environment, _payload, _steps, _wire
 from ._errors import ExecutorClosedError, PayloadError
 from ._job import USUAL, Terms
 
@@ -64,10 +65,13 @@ class Executor:
         start_method: how the fork server is started. ``"fork"``: from this process, so that what is
             imported here is there; safe only while this process has a single thread.
             ``"spawn"``: as a fresh interpreter. ``"auto"``: fork while that is safe and cheap.
+        context_vars: context variables whose values jobs have, as they are where the call is made
+            (of ``map_cpu``: where the stream is made). They must be at the top level of a module.
 
     Raises:
         ValueError: ``max_workers`` is negative, ``start_method`` is none of the three, a limit is
-            less than 1, or memory cannot be measured on this system.
+            less than 1, memory cannot be measured on this system, or one of ``context_vars`` is in
+            no module.
         TypeError: ``max_workers`` or a limit is no integer, or ``initializer`` cannot be called.
         PayloadError: the initializer or its arguments cannot be pickled.
     """
@@ -83,6 +87,7 @@ class Executor:
         max_tasks_per_child: int | None = None,
         max_memory_per_child: int | None = None,
         start_method: Literal["auto", "fork", "spawn"] = "auto",
+        context_vars: Iterable[ContextVar[Any]] = (),
     ) -> None:
         self._max_workers = _checked_workers(max_workers)
         if start_method not in ("auto", "fork", "spawn"):
@@ -91,6 +96,7 @@ class Executor:
         self._max_tasks = _checked_limit("max_tasks_per_child", max_tasks_per_child)
         self._max_memory = _checked_limit("max_memory_per_child", max_memory_per_child)
         self._initializer = _pickled_initializer(initializer, initargs)
+        self._variables = _context.Variables(context_vars) if context_vars else None
         self._pools: list[Pool | InlinePool] = []
         self._pool: Pool | InlinePool | None = None  # that of the loop that asked last
         self._entered: asyncio.AbstractEventLoop | None = None
@@ -117,13 +123,14 @@ class Executor:
 
         Raises:
             TypeError: ``fn`` is no plain function.
-            PayloadError: an argument or the result cannot be pickled.
+            PayloadError: an argument, the result or a context variable cannot be pickled.
             WorkerDiedError: the worker died while it ran the job.
             WorkerStartError: no worker could be started.
             JobExitError: the function raised ``SystemExit`` or its like.
             ExecutorClosedError: the executor is closed, or was killed meanwhile.
         """
         _call.check(fn, "run_cpu")
+        carried = _context.carried(self._variables)
         pool = self._pool
         if pool is None or self._closed or pool.loop is not asyncio._get_running_loop():
             pool = self._pool_here()
@@ -139,13 +146,16 @@ class Executor:
                 self._require_open()
         else:
             call = _call.Call(fn, args, kwargs, shares_main=self._shares_main)
-        del fn, args, kwargs  # the call has them, and 100,000 coroutines may wait here
+        if carried:
+            call.carry(carried)
+        del fn, args, kwargs, carried  # the call has them, and 100,000 coroutines may wait here
         job = pool.submit(call, self._terms)
         del call
         try:
             return await job.future  # type: ignore[no-any-return]
         except BaseException as error:
             if job.future.cancel() or job.future.cancelled():
+                job.caller = copy_context()  # of what it logs while it ends
                 pool.cancel(job)
                 if job.grace is not None and isinstance(error, asyncio.CancelledError):
                     await _end_of(pool, job)
@@ -226,6 +236,7 @@ class Executor:
         Raises:
             TypeError: ``fn`` is no plain function, or there is no iterable.
             ValueError: ``limit`` or ``chunksize`` is less than 1.
+            PayloadError: a context variable cannot be pickled.
         """
         from ._streams import Stream, check_iterables
 
@@ -240,7 +251,14 @@ class Executor:
         return Stream(
             "map_cpu",
             iterables,
-            partial(self._start_chunk, fn, flags, lengths),
+            partial(
+                self._start_chunk,
+                fn,
+                flags,
+                lengths,
+                carried=_context.carried(self._variables),
+                caller=copy_context(),
+            ),
             lengths,
             ordered=ordered,
             return_exceptions=return_exceptions,
@@ -259,7 +277,15 @@ class Executor:
         return FixedLength(chunksize, 2 * workers * chunksize if limit is None else limit)
 
     def _start_chunk(
-        self, fn: Callable[..., Any], flags: int, lengths: Lengths, chunk: Chunk, first: int
+        self,
+        fn: Callable[..., Any],
+        flags: int,
+        lengths: Lengths,
+        chunk: Chunk,
+        first: int,
+        *,
+        carried: bytes,
+        caller: Context,
     ) -> asyncio.Future[Any]:
         pool, shares_main = self._pool_here(), self._shares_main
         if len(chunk) <= _FEW and _steps.is_large(chunk):
@@ -269,7 +295,10 @@ class Executor:
         else:
             call = _call.Call(fn, chunk, {}, flags=flags, shares_main=shares_main, first=first)
         weight = call.weight  # before it is sent, and gone
+        if carried:
+            call.carry(carried)
         job = pool.submit(call, self._terms)
+        job.caller = caller
         job.future.add_done_callback(
             partial(_chunk_done, pool, job, weight, partial(lengths.measured, len(chunk)))
         )
@@ -419,6 +448,7 @@ class Executor:
             transport_seconds=self._counted("away") - ran,
             run_seconds=ran,
             segments_in_use=sum(pool.segments for pool in self._pools),
+            log_records_dropped=self._counted("dropped"),
             threads_busy=self._threads.busy,
             threads_abandoned=self._threads.abandoned,
         )

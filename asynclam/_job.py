@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextvars import Context
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ class Counts:
         cancelled: jobs that were cancelled before they had ended.
         retries: how often a job was begun again.
         deaths: workers that died while they had a job.
+        dropped: log records of jobs that were dropped.
         spent: workers that were replaced because they had run as many jobs as they may.
         grown: workers that were replaced because of the memory that they had taken.
         waited: seconds.
@@ -52,13 +54,14 @@ class Counts:
     """
 
     __slots__ = (
-        "away", "cancelled", "completed", "deaths", "grown", "ran", "retries", "spent", "waited",
+        "away", "cancelled", "completed", "deaths", "dropped", "grown", "ran", "retries", "spent",
+        "waited",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.cancelled = self.completed = self.deaths = self.retries = self.spent = self.grown = 0
+        self.cancelled = self.completed = self.deaths = self.dropped = self.retries = 0
+        self.spent = self.grown = self.ran = 0
         self.waited = self.away = 0.0
-        self.ran = 0
 
 
 class Job:
@@ -66,6 +69,7 @@ class Job:
 
     Attributes:
         call: what is called.
+        caller: the context of whoever made it, where that is not found by the future.
         terms: what the caller has said of it.
         future: its outcome.
         made: when it was, by the monotonic clock.
@@ -81,12 +85,13 @@ class Job:
     """
 
     __slots__ = (
-        "call", "elapsed", "expected", "future", "grace", "losses", "made", "number", "order",
-        "terms", "tries", "weight", "worker",
+        "call", "caller", "elapsed", "expected", "future", "grace", "losses", "made", "number",
+        "order", "terms", "tries", "weight", "worker",
     )  # fmt: skip
 
     def __init__(self, call: Call, future: Future[Any], terms: Terms = USUAL) -> None:
         self.call = call
+        self.caller: Context | None = None
         self.terms = terms
         if terms.cancel_grace:
             call.may_be_interrupted()
@@ -101,6 +106,17 @@ class Job:
     def name(self) -> str:
         """The function's name."""
         return self.call.name
+
+    @property
+    def context(self) -> Context:
+        """The context of its caller."""
+        if self.caller is not None:
+            return self.caller
+        # The task that awaits a future has left its own context there. To copy it for each job, for
+        # the few that log, would cost 72 bytes of each that waits.
+        for _, context in self.future._callbacks or ():
+            return context
+        return Context()
 
     def receive(self, frame: _wire.Frame, pid: int | None) -> None:
         """Settles the job with a worker's reply."""

@@ -46,11 +46,12 @@ import signal
 import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
+from contextvars import Context
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from . import _forkserver, _memory, _payload, _raised, _wire
+from . import _forkserver, _memory, _payload, _raised, _records, _wire
 from ._channel import Channel
 from ._errors import AsynclamError, ExecutorClosedError, WorkerDiedError, WorkerStartError
 from ._job import USUAL, Counts, Job, Terms
@@ -119,6 +120,7 @@ class _Worker:
         "expected",
         "jobs",
         "last",
+        "levels",
         "life",
         "number",
         "orphan",
@@ -140,6 +142,7 @@ class _Worker:
         self.state = _STARTING
         self.channel: Channel
         self.jobs: deque[Job] = deque()  # sent and not replied to, in order
+        self.levels = _records.levels()  # of loggers, as it has been told
         self.sent = 0  # how many jobs, which gives each its order
         self.last = last  # the order of the last one that it may be sent; -1: it is to end
         self.since = 0.0  # when the first of its jobs had nothing before it any more
@@ -356,6 +359,9 @@ class Pool:
         self._advance_close()
 
     def _give(self, worker: _Worker, job: Job) -> None:
+        if worker.levels is not (levels := _records.levels()):
+            worker.levels = levels
+            worker.channel.send(_wire.encode(_wire.LEVELS, 0, [levels]))
         worker.sent = job.order = worker.sent + 1
         worker.state, job.worker = _BUSY, worker
         kind = job.call.kind
@@ -801,6 +807,9 @@ class Pool:
 
     def _on_other(self, worker: _Worker, frame: _wire.Frame) -> None:
         """All that is no result: beginnings, refusals, and what makes no sense."""
+        if frame.kind == _wire.RECORD:
+            self._relay(worker, frame)
+            return
         worker.since = perf_counter()
         job = worker.jobs[0] if worker.jobs else None
         if frame.flags & _UNUSUAL and not self._open(worker, frame):
@@ -827,6 +836,15 @@ class Pool:
         else:
             frame.close()
             self._on_end(worker, _wire.ProtocolError(f"an unexpected frame of kind {frame.kind}"))
+
+    def _relay(self, worker: _Worker, frame: _wire.Frame) -> None:
+        """Has a log record or a warning of a worker handled: before its job is settled."""
+        self.counts.dropped += frame.dropped
+        contexts = (job.context for job in worker.jobs if job.number == frame.number)
+        # Of no job, as that of a thread that was left running: it is nobody's. Without a context
+        # of its own the callback would have that of whoever has started the worker.
+        context = next(contexts, None) or Context()
+        self.loop.call_soon(_records.handle, frame.body, context=context)
 
     def _on_refused(self, worker: _Worker, job: Job, reason: str) -> None:
         try:

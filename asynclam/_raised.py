@@ -185,7 +185,7 @@ def loads(body: bytearray | memoryview, job: str, pid: int | None) -> BaseExcept
     return error
 
 
-def _rebuild(data: bytearray | memoryview) -> BaseException:
+def _rebuild(data: bytes | bytearray | memoryview) -> BaseException:
     error = pickle.loads(data)
     if not isinstance(error, BaseException):
         raise pickle.UnpicklingError(f"it became a {type(error).__name__}")

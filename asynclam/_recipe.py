@@ -6,7 +6,7 @@ import os
 import pickle
 import sys
 
-from . import _limits
+from . import _limits, _records
 
 
 class Recipe:
@@ -37,6 +37,7 @@ class Recipe:
         if threads:
             self.environment.update(_limits.thread_variables(self.environment, threads))
         self.max_memory = max_memory
+        self.levels = _records.levels()
         self.initializer = initializer
         self.preload = preload
 
@@ -54,6 +55,7 @@ class Recipe:
     def initialize(self) -> None:
         """In the worker: takes the state over, then calls the initializer."""
         self.apply()
+        _records.set_levels(self.levels)
         if self.initializer:
             initializer, arguments = pickle.loads(self.initializer)
             initializer(*arguments)

@@ -35,6 +35,7 @@ class Statistics:
         run_seconds: how long they have run in workers.
         segments_in_use: pieces of shared memory into which arguments or results still look, as far
             as is known here: a worker tells what it has released with its next reply.
+        log_records_dropped: what jobs have logged above what a worker may send.
         threads_busy: threads of ``run_blocking``, abandoned ones among them.
         threads_abandoned: those whose caller was cancelled; they run until the function returns.
     """
@@ -55,6 +56,7 @@ class Statistics:
     transport_seconds: float
     run_seconds: float
     segments_in_use: int
+    log_records_dropped: int
     threads_busy: int
     threads_abandoned: int
 

@@ -42,14 +42,19 @@ EXITED = 10  # the worker ended; the body is its wait status
 NOT_STARTED = 11  # fork failed; the body is errno
 # loop process to fork server
 INTERRUPT = 12  # SIGURG to the worker: its job is cancelled, says the page of marks
+# worker to loop process
+RECORD = 13  # a log record, or a warning; number: the job that it is of, 0 for none
+# loop process to worker
+LEVELS = 14  # the levels of loggers have changed
 
-_KINDS = range(JOB, INTERRUPT + 1)
+_KINDS = range(JOB, LEVELS + 1)
 
 # Flags of a JOB
 CHUNK = 1  # the arguments are a list of calls, the result is the list of their results
 KEEP_ERRORS = 2  # in a chunk, an exception is the result of its item
 ITEMS = 16  # in a chunk, calls have one argument each: they are a list of these
 BY_VALUE = 4  # the second try of a refused call: nothing is left to fall back on
+CARRIES = 256  # the body (behind notes) begins with the context of the job
 SOFT = 512  # JobCancelled may be raised in the job
 # A flag of a reply
 GROWN = 4  # the worker has taken more memory than it may
@@ -63,6 +68,11 @@ PIECES = 128  # the payload is pickled in pieces, and out-of-band buffers may be
 # Above the flags, a reply says how long the job has run, in microseconds; the field is u32.
 _ELAPSED = 8  # bits of flags below it
 MOST_ELAPSED = (1 << 32 - _ELAPSED) - 1  # microseconds, 16.8 seconds: what is longer says so much
+
+
+def dropped_flags(count: int) -> int:
+    """The flags of a RECORD that tell how many were dropped before it."""
+    return min(count, MOST_ELAPSED) << _ELAPSED
 
 
 def elapsed_flags(nanoseconds: int) -> int:
@@ -109,6 +119,11 @@ class Frame:
     @property
     def elapsed(self) -> int:
         """How long the job of this reply has run, in microseconds (16.8 seconds at most)."""
+        return self.flags >> _ELAPSED
+
+    @property
+    def dropped(self) -> int:
+        """How many log records were dropped before this one."""
         return self.flags >> _ELAPSED
 
     def close(self) -> None:

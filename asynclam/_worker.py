@@ -2,10 +2,11 @@
 
 Theory of operation. A worker owns one descriptor, its end of the channel, and may block on it in
 both directions: the loop process never blocks, so a full buffer always drains. It writes nothing
-but replies, in the order of the jobs, of which several may wait in the channel. Before a job's own
-code runs, its place in that order goes to the shared page of marks: whoever finds the worker dead
-reads there whether that job had begun. A job that was revoked on that page is skipped. A job that
-may be told to end runs under a guard (:mod:`._guard`).
+but replies, in the order of the jobs, of which several may wait in the channel, and ahead of them
+what the jobs log (:mod:`._records`). Before a job's own code runs, its place in that order goes to
+the shared page of marks: whoever finds the worker dead reads there whether that job had begun. A
+job that was revoked on that page is skipped. A job that may be told to end runs under a guard
+(:mod:`._guard`).
 
 End of file means that the loop process has closed the channel or is gone: the worker ends at once,
 with ``os._exit``, so that nothing of what it inherited is finalised twice. A broken pipe while it
@@ -24,7 +25,7 @@ from functools import partial
 from time import perf_counter_ns
 from typing import Any, NoReturn
 
-from . import _call, _descriptors, _payload, _raised, _steps, _wire
+from . import _call, _context, _descriptors, _payload, _raised, _records, _steps, _wire
 from ._errors import CHANNEL_LOST, INTERNAL_ERROR, JobCancelled, PayloadError, reason_of
 
 TYPE_CHECKING = False
@@ -116,6 +117,7 @@ class Worker:
         self._new_guard = new_guard
         self._growth = growth
         self._guard: Guard | None = None  # once there is such a job
+        self._outbox = _records.Outbox(channel)
         self._segments: _segments.End | None = None  # once there is one
         self._begin = begin
         self._pid = os.getpid()
@@ -130,6 +132,7 @@ class Worker:
         code = 0
         try:
             note_forks()
+            _records.install(self._outbox)
             if self._initialize(initializer):
                 pid, flags = self._pid.to_bytes(8, "little"), _wire.BOUND if bound else 0
                 self._reply(_wire.READY, 0, [pid], flags)
@@ -152,16 +155,23 @@ class Worker:
             self._reply(_wire.FAILED, self._pid, [_raised.dumps(error, skip=1)])
             return False
         exit_if_forked()
+        _context.become_worker()
         return True
 
     def _serve(self) -> None:
-        for order, frame in enumerate(frames(self._channel), 1):
+        order = 0
+        for frame in frames(self._channel):
+            if frame.kind == _wire.LEVELS:
+                _records.set_levels(bytes(frame.body))
+                continue
+            order += 1
             if frame.flags & _wire.RELEASES:
                 frame.body = self._end().noted(frame.body)
             if not self._begin(order):  # before unpickling: that is users' code, too
                 frame.close()
                 self._reply(_wire.SKIPPED, order, ())
                 continue
+            self._outbox.job = frame.number
             if frame.flags & _wire.SOFT:
                 self._guard = self._guard or self._new_guard()
                 reply = run(frame, self._open, self._guard, order)
@@ -179,6 +189,7 @@ class Worker:
             if self._growth is not None and self._growth.is_over():
                 reply = (*reply[:3], reply[3] | _wire.GROWN, reply[4])
             self._reply(*reply)
+            self._outbox.job = 0  # a thread of the job may still log
             del reply
 
     def _reply(
@@ -189,10 +200,23 @@ class Worker:
         flags: int = 0,
         payload: _payload.Payload | None = None,
     ) -> None:
-        if self._segments is None and payload is None and len(parts) == 1:
-            data = _wire.encode_small(kind, number, parts[0], flags)  # type: ignore[arg-type]
-            self._channel.sendall(data, _descriptors.NOSIGNAL)
-            return
+        with self._outbox.turn:
+            if self._outbox.is_full:
+                self._outbox.empty()
+            if self._segments is None and payload is None and len(parts) == 1:
+                data = _wire.encode_small(kind, number, parts[0], flags)  # type: ignore[arg-type]
+                self._channel.sendall(data, _descriptors.NOSIGNAL)
+            else:
+                self._send(kind, number, parts, flags, payload)
+
+    def _send(
+        self,
+        kind: int,
+        number: int,
+        parts: Sequence[_wire.Part],
+        flags: int,
+        payload: _payload.Payload | None,
+    ) -> None:
         lease, descriptors = None, payload.descriptors if payload else []
         if payload and (size := _payload.size_of(payload.parts)) >= _payload.LEAST_IN_SEGMENT:
             lease = self._end().outgoing.acquire(size)
@@ -314,13 +338,20 @@ def run(
     """
     number = frame.number
     begun = perf_counter_ns()
+    context = Context()
     try:
+        if frame.flags & _wire.CARRIES:
+            carried, length = _context.taken(frame.body)
+            frame.body = memoryview(frame.body)[length:]
+            context.run(_context.enter, carried)
+        elif _context.has_trace_id():
+            _context.set_trace_id(None)
         fn, args, kwargs = _call.receive(frame, open_segment)
     except _call.UnknownNameError as error:
         return _wire.REFUSED, number, [str(error).encode()], 0, None
     except PayloadError as error:
         return _wire.RAISED, number, [_raised.dumps(error)], _elapsed_since(begun), None
-    enter = Context().run if guard is None else partial(guard.run, order, Context().run)
+    enter = context.run if guard is None else partial(guard.run, order, context.run)
     try:
         if frame.flags & _wire.CHUNK:
             result = enter(_run_chunk, fn, args, frame.flags)

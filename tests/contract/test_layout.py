@@ -25,11 +25,13 @@ ARROWS = {
     "_raised": {"_errors"},
     "_guard": {"_errors"},
     "_limits": set(),
+    "_context": {"_errors", "_payload"},
+    "_records": {"_descriptors", "_raised", "_wire"},
     "_worker": {
-        "_call", "_descriptors", "_guard", "_limits", "_payload", "_raised", "_segments", "_steps", "_wire",
-        "_errors",
+        "_call", "_context", "_descriptors", "_guard", "_limits", "_payload", "_raised", "_records",
+        "_segments", "_steps", "_wire", "_errors",
     },
-    "_recipe": {"_limits"},
+    "_recipe": {"_limits", "_records"},
     "_life": {"_descriptors"},
     "_server": {
         "_descriptors", "_guard", "_life", "_limits", "_memory", "_recipe", "_wire", "_worker",
@@ -42,7 +44,7 @@ ARROWS = {
     "_job": {"_call", "_grace", "_payload", "_raised", "_steps", "_wire", "_errors"},
     "_pool": {
         "_call", "_channel", "_errors", "_forkserver", "_grace", "_job", "_life", "_memory",
-        "_payload", "_raised", "_recipe", "_segments", "_turns", "_wire", "_worker",
+        "_payload", "_raised", "_recipe", "_records", "_segments", "_turns", "_wire", "_worker",
     },
     "_inline": {"_call", "_errors", "_job", "_steps", "_turns", "_wire", "_worker"},
     "_chunks": set(),
@@ -51,16 +53,17 @@ ARROWS = {
     "_threads": set(),
     "_statistics": set(),
     "_executor": {
-        "_call", "_chunks", "_environment", "_errors", "_forkserver", "_grace", "_inline", "_job",
-        "_limits", "_payload", "_pool", "_server", "_sources", "_statistics", "_steps", "_streams", "_threads", "_wire",
+        "_call", "_chunks", "_context", "_environment", "_errors", "_forkserver", "_grace",
+        "_inline", "_job", "_limits", "_payload", "_pool", "_server", "_sources", "_statistics",
+        "_steps", "_streams", "_threads", "_wire",
     },
     "_default": {"_executor", "_sources", "_streams"},
     "_handler": {"_call", "_default", "_executor", "_server"},
     "s3": {"_default", "_memory", "_streams"},
     "_cli": {"_demo"},
     "__main__": {"_cli"},
-    "__init__": {"_default", "_errors", "_executor", "_handler", "_memory", "_statistics",
-        "_streams",
+    "__init__": {"_context", "_default", "_errors", "_executor", "_handler", "_memory",
+        "_statistics", "_streams",
     },
 }  # fmt: skip
 BELOW_ASYNCIO = list(ARROWS)[: list(ARROWS).index("_channel")]
