@@ -75,11 +75,12 @@ def enter(gate):
 
 def go_on(gate):
     """Takes no notice."""
-    enter(gate)
+    with contextlib.suppress(JobCancelled):
+        enter(gate)
+        while True:
+            pass
     while True:
-        with contextlib.suppress(JobCancelled):
-            while True:
-                pass
+        pass
 
 
 def return_nevertheless(gate, trace):
