@@ -6,6 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._context import remaining
     from ._default import map_cpu, prepare, run_blocking, run_cpu, set_default_executor
+    from ._environment import Environment, environment
     from ._errors import (
         AsynclamError,
         ExecutorClosedError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AsynclamError": "_errors",
+    "Environment": "_environment",
     "Executor": "_executor",
     "ExecutorClosedError": "_errors",
     "JobCancelled": "_errors",
@@ -33,6 +35,7 @@ _HOMES = {
     "Stream": "_streams",
     "WorkerDiedError": "_errors",
     "WorkerStartError": "_errors",
+    "environment": "_environment",
     "lambda_handler": "_handler",
     "map_cpu": "_default",
     "map_io": "_streams",
@@ -46,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "AsynclamError",
+    "Environment",
     "Executor",
     "ExecutorClosedError",
     "JobCancelled",
@@ -56,6 +60,7 @@ __all__ = [
     "Stream",
     "WorkerDiedError",
     "WorkerStartError",
+    "environment",
     "lambda_handler",
     "map_cpu",
     "map_io",

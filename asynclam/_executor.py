@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 # What a job does not need is imported where it is used: a program waits for its first result.
-from . import _call, _context, _environment, _payload, _steps, _wire
+from . import _call, _context, _payload, _sizing, _steps, _wire
 from ._errors import ExecutorClosedError, PayloadError
 from ._job import USUAL, Terms
 
@@ -54,7 +54,7 @@ class Executor:
 
     Args:
         max_workers: the most worker processes at a time. ``None``: as many as make use of the
-            machine. 0: jobs run in this process, pickled all the same, and block the loop.
+            machine (:func:`asynclam.environment`), or ``ASYNCLAM_MAX_WORKERS``. 0: jobs run in this process, pickled all the same, and block the loop.
         initializer: called in each worker before its first job.
         initargs: its arguments.
         max_tasks_per_child: how many jobs a worker runs before it is replaced; a chunk of
@@ -393,7 +393,7 @@ class Executor:
             self._start_method,
             self._initializer,
             limit,
-            threads=max(1, _environment.visible_cpus() // self._max_workers),
+            threads=max(1, _sizing.usable_cpus() // self._max_workers),
             max_tasks=self._max_tasks,
             max_memory=self._max_memory,
         )
@@ -654,7 +654,7 @@ def _checked_grace(cancel_grace: float) -> float:
 
 def _checked_workers(max_workers: int | None) -> int:
     if max_workers is None:
-        return _environment.default_workers()
+        return _sizing.default_workers()
     if not isinstance(max_workers, int) or isinstance(max_workers, bool):
         raise TypeError(f"max_workers is an integer or None, not {max_workers!r}")
     if max_workers < 0:

@@ -76,6 +76,19 @@ def are_payloads_streamed() -> bool:
     return _streamed
 
 
+def way() -> str:
+    """The name of the way in which payloads travel here, found out by making a segment.
+
+    Raises:
+        OSError: no segment can be made now.
+        ValueError: ``ASYNCLAM_SEGMENTS`` names no way that there is.
+    """
+    if are_payloads_streamed():
+        return _STREAM
+    os.close(create_segment(0))
+    return next(name for name, make in _WAYS.items() if make is _chosen)
+
+
 def _wanted() -> str:
     wanted = os.environ.get(VARIABLE, "")
     allowed = [*_WAYS, _STREAM]

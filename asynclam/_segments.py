@@ -35,7 +35,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 
-from . import _memory, _wire
+from . import _memory, _sizing, _wire
 
 _MOST = 16  # segments that one end keeps; more than a channel ever has on their way
 _SLICE = 1 << 20  # bytes that are copied before others have a turn: 0.1 to 0.5 ms
@@ -62,7 +62,7 @@ class Share:
 
     def __init__(self, parts: int = 1) -> None:
         # A sixteenth of the memory for the loop process, and one for all workers together.
-        self.nbytes = _memory_size() // 16 // parts
+        self.nbytes = _sizing.memory() // 16 // parts
         self.most_maps = _most_maps()
         self._maps: set[weakref.ref[_memory.Map]] = set()
         self._ends: weakref.WeakSet[Outgoing] = weakref.WeakSet()
@@ -85,19 +85,6 @@ class Share:
     def join(self, end: Outgoing) -> None:
         """Counts what an outgoing end retains."""
         self._ends.add(end)
-
-
-def _memory_size() -> int:
-    """Bytes of memory that this process may use, as far as it is told."""
-    megabytes = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
-    if megabytes.isdecimal():
-        return int(megabytes) << 20
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            return min(size, int(limit.read()))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return size
 
 
 def _most_maps() -> int:

@@ -121,9 +121,9 @@ sys.path.insert(0, sys.argv[1])
 {before}
 from asynclam import Executor
 from tests.end_to_end.test_limits import threads_of_blas
-from asynclam import _environment
+from asynclam import _sizing
 
-_environment.visible_cpus = lambda: 8
+_sizing.usable_cpus = lambda: 8
 
 async def main():
     async with Executor({workers}, start_method={method!r}) as executor:

@@ -6,10 +6,12 @@ from contextlib import asynccontextmanager
 from typing_extensions import assert_type
 
 from asynclam import (
+    Environment,
     Executor,
     SharedBuffer,
     Statistics,
     Stream,
+    environment,
     lambda_handler,
     map_cpu,
     map_io,
@@ -26,6 +28,14 @@ def parse(data: bytes, *, strict: bool = False) -> int:
 
 async def download(key: str) -> bytes:
     return key.encode()
+
+
+def machine() -> None:
+    found = environment()
+    assert_type(found, Environment)
+    assert_type(found.cpu_share, float | None)
+    assert_type(found.max_workers, int)
+    found.max_workers = 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
 async def calls() -> None:
