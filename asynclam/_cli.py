@@ -41,6 +41,14 @@ def _parser() -> argparse.ArgumentParser:
         help="only the first N days of the year (default: all 365)",
     )
     demo.set_defaults(run=_demo)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what works on this machine, why not, and how many workers there would be",
+        description="Tries what people try in Lambda, and what asynclam needs.",
+        epilog="In Lambda: deploy it with asynclam.doctor.handler as the handler.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON, for a ticket")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -58,6 +66,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     from asynclam._demo import stage
 
     return stage.run(arguments.days)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from asynclam import doctor
+
+    return doctor.main(as_json=arguments.json)
 
 
 def _is_installed(name: str) -> bool:

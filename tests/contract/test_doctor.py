@@ -1,0 +1,169 @@
+"""The doctor's ward: every trial has an outcome, in time, and leaves nothing; and what is printed."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+
+from asynclam import _cli, doctor
+from asynclam._doctor import ward
+from asynclam._doctor.trials import TRIALS, Trial, meaning
+from tests.parts.processes import ended
+
+LIMIT = 60.0  # seconds: never reached by a trial that ends
+
+
+def try_out(attempt, limit=LIMIT, *, semaphore=False):
+    return ward.run(Trial("name", "group", attempt, semaphore=semaphore), limit)
+
+
+def raiser(error):
+    def attempt():
+        raise error
+
+    return attempt
+
+
+def test_what_works():
+    """A trial that returns works, and what it returns is told."""
+    found = try_out(lambda: "as it should")
+    assert (found.name, found.group, found.status) == ("name", "group", "works")
+    assert (found.detail, found.errno, found.meaning) == ("as it should", None, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "detail", "name"),
+    [
+        (OSError(errno.EPERM, "no"), "fails", "no", "EPERM"),
+        (FileNotFoundError(2, "gone", "/x"), "fails", "gone: '/x'", "ENOENT"),
+        (OSError("without a number"), "fails", "OSError: without a number", None),
+        (ValueError("other"), "fails", "ValueError: other", None),
+        (SystemExit(3), "fails", "SystemExit: 3", None),
+        (KeyboardInterrupt(), "fails", "KeyboardInterrupt: ", None),
+        (ModuleNotFoundError("No module named 'x'"), "not installed", "No module named 'x'", None),
+    ],
+)
+def test_what_fails(error, status, detail, name):
+    """Whatever a trial raises is its outcome, an OSError by the name of its number."""
+    found = try_out(raiser(error))
+    assert (found.status, found.detail, found.errno) == (status, detail, name)
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (lambda: os._exit(7), "exited with 7"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"),
+    ],
+)
+def test_what_dies(end, how):
+    """A trial that takes its process with it has failed, and it is told how."""
+    found = try_out(end)
+    assert (found.status, found.detail) == ("fails", f"the process {how}")
+
+
+def test_what_hangs():
+    """A trial that does not come to an end is killed, in spite of the signals that it ignores."""
+
+    def hang():
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        threading.Event().wait()
+
+    found = try_out(hang, 0.2)
+    assert (found.status, found.detail) == ("hangs", "nothing has come within 0.2 s")
+
+
+async def test_nothing_is_left():
+    """What a trial has started ends with it, though it holds the trial's pipe open."""
+    read, write = os.pipe()
+    with closing(os.fdopen(read)) as lines:
+
+        def leave():
+            child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+            if os.fork() == 0:
+                signal.pause()
+            os.write(write, f"{child.pid}\n".encode())
+            return "left"
+
+        assert try_out(leave).detail == "left"
+        os.close(write)
+        await ended(int(lines.readline()))
+        assert lines.read() == ""  # the end of file: the forked one has gone, too
+
+
+def test_a_trial_says_nothing(capfd):
+    """What a library prints does not get into the report."""
+    try_out(lambda: str(os.write(1, b"noise") + os.write(2, b"noise")))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_long_answer():
+    """An answer may be longer than a pipe holds."""
+    assert len(try_out(lambda: "x" * 1_000_000).detail) == 1_000_000
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOENT, errno.EACCES, errno.EROFS])
+def test_what_an_errno_means(number):
+    """Each errno with which a semaphore fails is told to be a matter of /dev/shm."""
+    assert "/dev/shm" in meaning(Trial("", "", str, semaphore=True), OSError(number, ""))
+    assert "/dev/shm" not in meaning(Trial("", "", str), OSError(number, ""))
+    assert meaning(Trial("", "", str), ValueError()) == ""
+
+
+def test_what_there_is_no_time_for():
+    """Trials that there is no time for are told as such, not left out."""
+    report = doctor.examine(seconds=0.0)
+    assert [trial["status"] for trial in report["trials"]] == ["not tried"] * len(TRIALS)
+    assert not report["works"]
+
+
+def test_a_ward_that_does_not_start(monkeypatch):
+    """If no fresh interpreter can be started, the report says so."""
+    monkeypatch.setattr(doctor, "_START", "import sys; sys.exit('broken'); {path}")
+    (trial,) = doctor.examine()["trials"]
+    assert (trial["status"], trial["detail"]) == ("fails", "broken")
+
+
+def test_a_setting_that_cannot_be(monkeypatch):
+    """A setting that makes environment() fail is what the report tells about the machine."""
+    monkeypatch.setenv("ASYNCLAM_MAX_WORKERS", "many")
+    report = doctor.examine(seconds=0.0)
+    assert "ASYNCLAM_MAX_WORKERS=many" in report["environment"]["error"]
+    assert "The machine: ValueError: ASYNCLAM_MAX_WORKERS=many" in doctor.text(report)
+
+
+@pytest.mark.parametrize(("memory", "line"), [("512", "3,008 MB"), ("5307", "5,307 MB")])
+def test_the_sizes_are_printed(monkeypatch, memory, line):
+    """The table of Lambda's sizes has a mark at the row of this function."""
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", memory)
+    lines = doctor.text(doctor.examine(seconds=0.0)).splitlines()
+    (marked,) = [line for line in lines if line.endswith("<- this function")]
+    assert line in marked
+
+
+def test_the_status_of_the_command(monkeypatch, capsys):
+    """The command's status says whether asynclam works."""
+    report = doctor.examine(seconds=0.0)
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    assert _cli.main(["doctor"]) == 1
+    monkeypatch.setattr(doctor, "examine", lambda: {**report, "works": True})
+    assert _cli.main(["doctor", "--json"]) == 0
+    assert '"works": true' in capsys.readouterr().out
+
+
+def test_the_handler_keeps_its_time(monkeypatch, capsys):
+    """As a handler it leaves a margin before the end of the invocation, and prints what it returns."""
+    seen = []
+    examine = doctor.examine
+    monkeypatch.setattr(doctor, "examine", lambda seconds: seen.append(seconds) or examine(0.0))
+    for left in (30_000, 100):
+        context = SimpleNamespace(get_remaining_time_in_millis=lambda left=left: left)
+        report = doctor.handler({}, context)
+    assert seen == [28.0, 1.0]
+    assert capsys.readouterr().out == 2 * (doctor.text(report) + "\n")
