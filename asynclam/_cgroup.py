@@ -20,7 +20,7 @@ def cpu_quota(proc: str = _PROC) -> float | None:
         proc: the directory of a process in procfs.
     """
     quotas = []
-    for directory in _directories(proc, "cpu"):
+    for directory in directories(proc, "cpu"):
         words = _read(directory, "cpu.max").split()  # "max 100000" or "50000 100000"
         if not words:
             words = [
@@ -41,16 +41,16 @@ def memory_limit(proc: str = _PROC) -> int | None:
         proc: the directory of a process in procfs.
     """
     limits = []
-    for directory in _directories(proc, "memory"):
+    for directory in directories(proc, "memory"):
         text = _read(directory, "memory.max") or _read(directory, "memory.limit_in_bytes")
         if text.strip().isdecimal():  # else "max"
             limits.append(int(text))
     return min(limits, default=None)
 
 
-def _directories(proc: str, controller: str) -> Iterator[str]:
+def directories(proc: str, controller: str) -> Iterator[str]:
     """The directory of this process's group for a controller, and those above it."""
-    version, path = _group(proc, controller)
+    version, path = group(proc, controller)
     for root, mount in _mounts(proc, controller, version):
         below = ""
         if path == root or path.startswith(root.rstrip("/") + "/"):
@@ -62,7 +62,7 @@ def _directories(proc: str, controller: str) -> Iterator[str]:
         return
 
 
-def _group(proc: str, controller: str) -> tuple[int, str]:
+def group(proc: str, controller: str) -> tuple[int, str]:
     """The version of the hierarchy that has a controller, and this process's path in it."""
     unified = ""
     for line in _read(proc, "cgroup").splitlines():

@@ -18,7 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; ``None`` for those of this process.
     """
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["box"]:  # it has arguments that argparse must not look at
+        from asynclam._box import __main__ as box
+
+        return box.main(words[1:], prog="asynclam box")
+    arguments = _parser().parse_args(words)
     status: int = arguments.run(arguments)
     return status
 
@@ -49,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON, for a ticket")
     doctor.set_defaults(run=_doctor)
+    commands.add_parser("box", help="run a command, or a handler, as Lambda would run it")
     return parser
 
 

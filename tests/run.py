@@ -5,7 +5,7 @@
 
 It needs nothing but CPython 3.10 or later with its venv module, and the package index. The virtual
 environment is ``.venvs/X.Y`` of the interpreter that runs this; it is made once, and again whenever
-``pyproject.toml`` has changed. The suite runs twice: as it is, and in a box (``parts/box.py``),
+``pyproject.toml`` has changed. The suite runs twice: as it is, and in a box (``asynclam box``),
 where the tests that are marked ``outside``, which make boxes themselves, are left out.
 ``--segments`` forces one of the ways in which large payloads can travel (``ASYNCLAM_SEGMENTS``).
 """
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.parts import box
+from asynclam._box import box
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PROJECT = _ROOT / "pyproject.toml"

@@ -63,7 +63,7 @@ ARROWS = {
     "_handler": {"_call", "_default", "_executor", "_server"},
     "s3": {"_default", "_memory", "_streams"},
     "doctor": {"_environment", "_sizing"},
-    "_cli": {"_demo", "doctor"},
+    "_cli": {"_box", "_demo", "doctor"},
     "__main__": {"_cli"},
     "__init__": {"_context", "_default", "_environment", "_errors", "_executor", "_handler", "_memory",
         "_statistics", "_streams",
@@ -88,7 +88,9 @@ def test_arrows_point_down(path):
     assert own_imports(path) <= allowed
     order = list(ARROWS)
     if path.stem != "__init__":
-        assert all(order.index(room) < order.index(path.stem) for room in allowed - {"_demo"})
+        assert all(
+            order.index(room) < order.index(path.stem) for room in allowed - {"_box", "_demo"}
+        )
 
 
 @pytest.mark.parametrize("room", BELOW_ASYNCIO)
@@ -162,3 +164,9 @@ def test_no_multiprocessing(path):
         assert not [
             name for name in names if name.startswith(("multiprocessing", "_multiprocessing"))
         ]
+
+
+def test_nothing_imports_the_box():
+    """The box is a tool: nothing but the command line knows of it."""
+    for path in PACKAGE.glob("*.py"):
+        assert path.stem == "_cli" or "_box" not in path.read_text(), path

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.parts import box
+from asynclam._box import box
+from asynclam._box.files import Shm
 
 pytestmark = pytest.mark.outside
 
@@ -25,7 +26,7 @@ _HERE = Path(__file__).parent
 _PROBES = _HERE / "functions" / "probes.py"
 _SECONDS = 60.0  # none of them takes more than two; a machine may be busy
 
-_ERRNO: dict[box.Shm, int] = {
+_ERRNO: dict[Shm, int] = {
     "missing": errno.ENOENT,
     "forbidden": errno.EACCES,
     "enosys": errno.ENOSYS,
@@ -56,20 +57,20 @@ def probe(name: str, **options: Any) -> Any:
 
 
 @functools.cache
-def machine(shm: box.Shm) -> dict[str, Any]:
+def machine(shm: Shm) -> dict[str, Any]:
     found: dict[str, Any] = probe("machine", shm=shm, cpus=1)
     return found
 
 
 @functools.cache
-def libraries(shm: box.Shm) -> dict[str, Any]:
+def libraries(shm: Shm) -> dict[str, Any]:
     found: dict[str, Any] = probe("libraries", shm=shm)
     return found
 
 
 @pytest.fixture(params=list(_ERRNO))
-def shm(request: pytest.FixtureRequest) -> box.Shm:
-    variant: box.Shm = request.param
+def shm(request: pytest.FixtureRequest) -> Shm:
+    variant: Shm = request.param
     return variant
 
 
@@ -77,7 +78,7 @@ LIBRARIES = ("lock", "executor", "pool", "thread_pool", "multiprocess", "loky")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_whatever_needs_a_semaphore_fails(shm: box.Shm, library: str) -> None:
+def test_whatever_needs_a_semaphore_fails(shm: Shm, library: str) -> None:
     """Pools, executors, multiprocess and loky fail, each with the errno of the variant."""
     assert libraries(shm)["failures"][library] == _ERRNO[shm]
 
@@ -87,12 +88,12 @@ def test_outside_they_work() -> None:
     assert probe("libraries")["failures"] == dict.fromkeys(LIBRARIES)
 
 
-def test_process_and_pipe_work(shm: box.Shm) -> None:
+def test_process_and_pipe_work(shm: Shm) -> None:
     """A child process and a Pipe need no semaphore, so they work."""
     assert libraries(shm)["pipe"] == "sent by a child"
 
 
-def test_dev_holds_the_nodes_of_lambda(shm: box.Shm) -> None:
+def test_dev_holds_the_nodes_of_lambda(shm: Shm) -> None:
     """/dev holds eight nodes; only in the variant "forbidden" there is a /dev/shm, closed to us."""
     expected = _NODES | ({"shm": "drwxr-xr-x"} if shm == "forbidden" else {})
     if os.geteuid() != 0 and shm == "forbidden":
@@ -100,21 +101,21 @@ def test_dev_holds_the_nodes_of_lambda(shm: box.Shm) -> None:
     assert machine(shm)["dev"] == expected
 
 
-def test_only_tmp_is_writable(shm: box.Shm) -> None:
+def test_only_tmp_is_writable(shm: Shm) -> None:
     """Writing fails with EROFS everywhere, the working directory included, but in /tmp."""
     refused = {path: found for path, found in machine(shm)["write"].items() if path != "/tmp"}
     assert set(refused.values()) == {errno.EROFS}
     assert machine(shm)["write"]["/tmp"] is None
 
 
-def test_tmp_is_fresh(shm: box.Shm) -> None:
+def test_tmp_is_fresh(shm: Shm) -> None:
     """/tmp has 512 MB, and nothing in it but what the command needs to run."""
     needed = {path.parts[2] for path in (_HERE, Path(sys.prefix)) if path.parts[1] == "tmp"}
     assert set(machine(shm)["tmp"]) <= needed
     assert machine(shm)["tmp_bytes"] == 512 << 20
 
 
-def test_user_is_that_of_lambda(shm: box.Shm) -> None:
+def test_user_is_that_of_lambda(shm: Shm) -> None:
     """The user is 993:990 without capabilities, without a way to new ones, without a home."""
     found = machine(shm)
     assert found["uids"] == [993] * 3
@@ -124,18 +125,18 @@ def test_user_is_that_of_lambda(shm: box.Shm) -> None:
     assert not found["home"]
 
 
-def test_limits_are_those_of_lambda(shm: box.Shm) -> None:
+def test_limits_are_those_of_lambda(shm: Shm) -> None:
     """1,024 descriptors and 1,024 processes are the limit, and cannot be raised."""
     assert machine(shm)["descriptors"] == [1024, 1024]
     assert machine(shm)["processes"] == [1024, 1024]
 
 
-def test_prctl_is_refused(shm: box.Shm) -> None:
+def test_prctl_is_refused(shm: Shm) -> None:
     """Whichever option it is asked for, prctl answers EPERM."""
     assert machine(shm)["prctl"] == [errno.EPERM]
 
 
-def test_there_are_no_control_groups(shm: box.Shm) -> None:
+def test_there_are_no_control_groups(shm: Shm) -> None:
     """/sys/fs/cgroup, from which others read the limits of a container, does not exist."""
     assert not machine(shm)["cgroup"]
 
@@ -275,12 +276,14 @@ def test_root_is_not_needed() -> None:
     if os.geteuid() != 0 or python is None:
         pytest.skip("needs root to become somebody else, and a Python that anybody may read")
     script = "import multiprocessing, os; print(os.getuid()); multiprocessing.Lock()"
-    argv = [python, "-S", "-E", box.__file__, "--shm", "forbidden", "--", python, "-c", script]
+    argv = [python, "-S", "-E", box.PROGRAM, "--shm", "forbidden", "--memory", "512"]
+    argv += ["--", python, "-c", script]
     result = run(argv, user=1234, group=1234, extra_groups=[])
     if "refuses new namespaces" in result.stderr:
         pytest.skip("this kernel gives no namespaces to ordinary users")
     assert result.stdout == "993\n"
     assert "PermissionError" in result.stderr
+    assert "box: the time on CPUs and the memory are not held to those of 512 MB" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -295,12 +298,12 @@ def test_root_is_not_needed() -> None:
             126,
             "(Permission denied): user 993 must be able to read and execute it",
         ),
-        ([], 2, "there is no command; give it after --"),
+        ([], 2, "give either a command after --, or --handler"),
     ],
 )
 def test_failures_are_told_in_a_line(arguments: list[str], status: int, message: str) -> None:
     """What cannot be done is told in one line, with a status that no command's is likely to be."""
-    result = run([sys.executable, box.__file__, *arguments])
+    result = run([sys.executable, box.PROGRAM, *arguments])
     assert result.returncode == status
     assert message in result.stderr.splitlines()[-1]
     assert result.stdout == ""

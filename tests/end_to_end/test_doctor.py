@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import asynclam
-from tests.parts import box
+from asynclam._box import box
 from tests.parts.emulator import emulator
 
 ROOT = Path(asynclam.__file__).parent.parent
@@ -69,7 +69,7 @@ def text_of(path):
 @pytest.mark.parametrize("shm", NAMES)
 def test_in_a_box(shm):
     """In each kind of box, the report has the errno of that box, and what it means."""
-    report = report_of(box.command(COMMAND, shm=shm, memory=512, bind=[ROOT]))
+    report = report_of(box.command(COMMAND, shm=shm, memory=1024, bind=[ROOT]))
     assert report["works"]
     check_box(report, shm)
     assert report["environment"]["place"] == "Lambda"

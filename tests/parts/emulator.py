@@ -35,7 +35,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from tests.parts import box as boxes
+from asynclam._box import box as boxes
+from asynclam._box.files import Shm
 
 _ROOT = Path(__file__).resolve().parents[2]  # to be seen in a box, wherever it lies
 _HOST = "127.0.0.1"
@@ -119,7 +120,7 @@ def emulator(
     cwd: str | os.PathLike[str],
     env: Mapping[str, str] | None = None,
     box: bool = False,
-    shm: boxes.Shm = "missing",
+    shm: Shm = "missing",
     cpus: int | None = None,
     timeout: int = 30,
     memory: int = 1769,
