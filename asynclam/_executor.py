@@ -513,6 +513,10 @@ class Executor:
     def kill(self) -> None:
         """Ends all workers at once; their jobs fail with ExecutorClosedError. Waits for nothing."""
         self._closed = "killed"
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        """Ends all workers; unless it is closed, the next job starts others."""
         for pool in self._pools:
             pool.kill()
         self._pools.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
@@ -63,6 +64,7 @@ class Handler(Generic[Event, Context, Result]):
         self._executor = executor
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resources: _Resources | None = None
+        self._is_registered = False  # at the hooks of SnapStart
 
     def __call__(self, event: Event, context: Context) -> Result:
         """Runs one invocation; everything is started at the first, unless ``start()`` was called.
@@ -95,6 +97,16 @@ class Handler(Generic[Event, Context, Result]):
         if _server.role == "loop process":
             self._refuse_running_loop()
             self._started()
+            if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
+                self._register()
+
+    def _register(self) -> None:
+        """Has all that must differ between sandboxes renewed after each restore of the snapshot."""
+        if not self._is_registered:
+            from . import _snapstart
+
+            self._is_registered = True
+            _snapstart.register(self)
 
     def _started(self) -> tuple[asyncio.AbstractEventLoop, _Resources]:
         if self._loop is not None and self._resources is not None:

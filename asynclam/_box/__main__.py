@@ -47,8 +47,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "box") -> int:
     argv = words[end + 1 :]
     if (options.handler is None) == (not argv):
         parser.error("give either a command after --, or --handler")
-    if options.handler is None and (options.event or options.freeze is not None):
-        parser.error("--event and --freeze go with --handler")
+    if options.handler is None and (
+        options.event or options.snapstart or options.freeze is not None
+    ):
+        parser.error("--event, --freeze and --snapstart go with --handler")
     try:
         if options.handler is not None:
             return _invoke(options)
@@ -68,11 +70,8 @@ def _invoke(options: argparse.Namespace) -> int:
     return invocations.run(
         options.handler,
         options.event or [],
-        freeze=options.freeze,
-        timeout=options.timeout,
-        options=box.Options(
-            [], options.shm, options.cpus, options.memory or _DEFAULT_MEMORY, options.bind
-        ),
+        invocations.How(options.timeout, options.freeze, options.snapstart, options.concurrency),
+        box.Options([], options.shm, options.cpus, options.memory or _DEFAULT_MEMORY, options.bind),
     )
 
 
@@ -119,6 +118,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         const=_DEFAULT_FREEZE,
         metavar="SECONDS",
         help="stop every process for so long between two invocations (default: 1)",
+    )
+    add(
+        "--snapstart",
+        action="store_true",
+        help="as with SnapStart: run the hooks before a snapshot, freeze, run those after a restore "
+        "(random state and connections stay as they are)",
+    )
+    add(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="as on Managed Instances: N processes, and as many invocations at once",
     )
     add(
         "--timeout",

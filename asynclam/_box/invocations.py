@@ -49,11 +49,13 @@ class Told:
     Attributes:
         kind: the request that it made; ``"end"``: its process has ended.
         body: what came with it.
-        answer: for ``"next"``, where its answer is awaited.
+        request_id: that of the invocation that it is about, if any.
+        answer: where the answer to ``"next"`` and ``"restore"`` is awaited.
     """
 
-    kind: Literal["next", "response", "error", "init error", "end"]
+    kind: Literal["restore", "next", "response", "error", "init error", "end"]
     body: bytes = b""
+    request_id: str = ""
     answer: queue.SimpleQueue[Invocation | None] = field(default_factory=queue.SimpleQueue)
 
 
@@ -66,6 +68,36 @@ class Invocation:
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
 
+@dataclass(frozen=True)
+class How:
+    """What the sandbox goes through.
+
+    Attributes:
+        timeout: seconds that an invocation may take.
+        freeze: seconds for which all processes are stopped between invocations; ``None``: not.
+        snapstart: whether it is frozen between the hooks before a snapshot and those after it.
+        concurrency: as on Managed Instances, how many processes the runtime client forks, for as
+            many invocations at once; ``None``: one after the other in the one that there is.
+    """
+
+    timeout: float
+    freeze: float | None = None
+    snapstart: bool = False
+    concurrency: int | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many of them ask for events."""
+        return self.concurrency or 1
+
+    @property
+    def initialization(self) -> str:
+        """What Lambda calls it."""
+        if self.concurrency is not None:
+            return "lambda-managed-instances"
+        return "snap-start" if self.snapstart else "on-demand"
+
+
 class _FunctionError(Exception):
     """The function has failed, as it was told."""
 
@@ -73,18 +105,15 @@ class _FunctionError(Exception):
 def run(
     handler: str,
     events: Sequence[str],
-    *,
-    freeze: float | None,
-    timeout: float,
+    how: How,
     options: box.Options,
 ) -> int:
-    """Invokes a handler with events, one after the other; prints the results; the exit status.
+    """Invokes a handler with events; prints the results; the exit status.
 
     Args:
         handler: ``module.name``, found in the working directory.
         events: files of JSON; ``-`` is standard input; none at all: ``{}``.
-        freeze: seconds for which all processes are stopped between invocations; ``None``: not.
-        timeout: seconds that an invocation may take.
+        how: what the sandbox goes through.
         options: what the box is to be like.
 
     Raises:
@@ -99,11 +128,11 @@ def run(
     options = replace(options, argv=[sys.executable, "-m", "awslambdaric", handler])
     with (
         _served(told) as address,
-        _function(options, _variables(handler, address, timeout)) as (process, control),
+        _function(options, _variables(handler, address, how)) as (process, control),
     ):
         threading.Thread(target=_await_end, args=(process, told), daemon=True).start()
         try:
-            return _invoke_all(documents, told, control, timeout, freeze)
+            return _Service(documents, told, control, how).run()
         except _FunctionError as failure:
             box.complain(str(failure))
             return box.BOX_FAILED if process.poll() == box.BOX_FAILED else _FAILED
@@ -117,39 +146,77 @@ def _document(name: str) -> Any:
         raise BoxError(f"--event {name}: {error}") from error
 
 
-def _invoke_all(
-    documents: list[Any],
-    told: queue.SimpleQueue[Told],
-    control: socket.socket,
-    timeout: float,
-    freeze: float | None,
-) -> int:
-    """Hands out the events, each when the runtime client asks for one."""
-    status = 0
-    request = _await(told, _SECONDS_OF_INIT + timeout, "the init of the function takes too long")
-    for number, document in enumerate(documents):
-        if number and freeze is not None:
-            _freeze(control, freeze)
-        if request.kind != "next":
-            raise _FunctionError(f"the init of the function has failed: {_error_of(request.body)}")
-        request.answer.put(Invocation(document, time.time() + timeout))
-        outcome = _await(told, timeout, f"Task timed out after {timeout:.2f} seconds")
-        print(outcome.body.decode(), flush=True)
-        if outcome.kind == "error":
-            status = _FAILED
-            box.complain(f"invocation {number + 1} has failed: {_error_of(outcome.body)}")
-        request = _await(told, timeout, "the runtime client does not ask for the next event")
-    return status
+class _Service:
+    """What hands out the events, and waits for what becomes of them."""
 
+    def __init__(
+        self,
+        documents: list[Any],
+        told: queue.SimpleQueue[Told],
+        control: socket.socket,
+        how: How,
+    ) -> None:
+        self._documents = list(enumerate(documents, 1))
+        self._told = told
+        self._control = control
+        self._how = how
+        self._waiting: list[Told] = []  # requests for the next event
+        self._running: dict[str, tuple[int, Invocation]] = {}
+        self._status = 0
 
-def _await(told: queue.SimpleQueue[Told], seconds: float, late: str) -> Told:
-    try:
-        what = told.get(timeout=seconds)
-    except queue.Empty:
-        raise _FunctionError(late) from None
-    if what.kind == "end":
-        raise _FunctionError(f"Runtime exited: {what.body.decode()}")
-    return what
+    def run(self) -> int:
+        """Invokes the function with all events; the exit status."""
+        limit = _SECONDS_OF_INIT + self._how.timeout
+        while len(self._waiting) < self._how.processes:
+            self._take(limit, "the init of the function takes too long")
+        while self._documents or self._running:
+            self._hand_out()
+            self._take(*self._patience())
+        while len(self._waiting) < self._how.processes:  # else it has died of the last event
+            self._take(limit, "the runtime client does not ask for the next event")
+        return self._status
+
+    def _hand_out(self) -> None:
+        while self._documents and self._waiting:
+            number, document = self._documents.pop(0)
+            if number > 1 and self._how.freeze is not None and not self._running:
+                _freeze(self._control, self._how.freeze)
+            invocation = Invocation(document, time.time() + self._how.timeout)
+            self._running[invocation.request_id] = number, invocation
+            self._waiting.pop(0).answer.put(invocation)
+
+    def _patience(self) -> tuple[float, str]:
+        """For how many seconds to wait for what comes next, and what to say then."""
+        timeout = self._how.timeout
+        if not self._running:
+            return timeout, "the runtime client does not ask for the next event"
+        first = min(invocation.deadline for _, invocation in self._running.values())
+        return max(0.0, first - time.time()), f"Task timed out after {timeout:.2f} seconds"
+
+    def _take(self, seconds: float, late: str) -> None:
+        """Waits for what the runtime client tells next."""
+        try:
+            what = self._told.get(timeout=seconds)
+        except queue.Empty:
+            raise _FunctionError(late) from None
+        if what.kind == "end":
+            raise _FunctionError(f"Runtime exited: {what.body.decode()}")
+        if what.kind == "init error":
+            raise _FunctionError(f"the init of the function has failed: {_error_of(what.body)}")
+        if what.kind == "restore":
+            _freeze(self._control, self._how.freeze or 0.0)
+            what.answer.put(None)
+        elif what.kind == "next":
+            self._waiting.append(what)
+        else:
+            self._outcome(what)
+
+    def _outcome(self, what: Told) -> None:
+        number, _ = self._running.pop(what.request_id)
+        print(what.body.decode(), flush=True)
+        if what.kind == "error":
+            self._status = _FAILED
+            box.complain(f"invocation {number} has failed: {_error_of(what.body)}")
 
 
 def _error_of(body: bytes) -> str:
@@ -201,19 +268,22 @@ def _function(
                 process.wait()
 
 
-def _variables(handler: str, address: str, timeout: float) -> dict[str, str]:
+def _variables(handler: str, address: str, how: How) -> dict[str, str]:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {
+    variables = {
         "AWS_EXECUTION_ENV": f"AWS_Lambda_python{version}",
         "AWS_LAMBDA_FUNCTION_NAME": handler,
-        "AWS_LAMBDA_FUNCTION_TIMEOUT": str(round(timeout)),
+        "AWS_LAMBDA_FUNCTION_TIMEOUT": str(round(how.timeout)),
         "AWS_LAMBDA_FUNCTION_VERSION": "$LATEST",
-        "AWS_LAMBDA_INITIALIZATION_TYPE": "on-demand",
+        "AWS_LAMBDA_INITIALIZATION_TYPE": how.initialization,
         "AWS_LAMBDA_RUNTIME_API": address,
         "LAMBDA_TASK_ROOT": os.getcwd(),
         "TZ": ":UTC",
         "_HANDLER": handler,
     }
+    if how.concurrency is not None:
+        variables["AWS_LAMBDA_MAX_CONCURRENCY"] = str(how.concurrency)
+    return variables
 
 
 def _await_end(process: subprocess.Popen[bytes], told: queue.SimpleQueue[Told]) -> None:
@@ -248,10 +318,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        request = Told("next")
+        request = Told("restore" if self.path == f"{_API}/restore/next" else "next")
         self.told.put(request)
         invocation = request.answer.get()
-        if invocation is None:
+        if invocation is None:  # to be restored, that is all
+            self._answer(200, b"", {})
             return
         self._answer(
             200,
@@ -270,12 +341,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        last = self.path.removeprefix(_API).rpartition("/")[2]
         self._answer(202, b"{}", {})
-        if self.path == f"{_API}/init/error":
+        before, _, last = self.path.rpartition("/")
+        if before == f"{_API}/invocation/{before.rpartition('/')[2]}":
+            kind: Literal["response", "error"] = "response" if last == "response" else "error"
+            self.told.put(Told(kind, body, before.rpartition("/")[2]))
+        else:  # /init/error or /restore/error
             self.told.put(Told("init error", body))
-        elif last in {"response", "error"}:
-            self.told.put(Told("response" if last == "response" else "error", body))
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -298,7 +298,7 @@ def test_asynclam_in_the_box(tmp_path):
     [
         ([], 2, "give either a command after --, or --handler"),
         (["--handler", "a.b", "--", "true"], 2, "give either a command"),
-        (["--freeze", "--", "true"], 2, "--event and --freeze go with --handler"),
+        (["--freeze", "--", "true"], 2, "--freeze and --snapstart go with --handler"),
         (["--handler", "a.b", "--event", "/missing"], 125, "--event /missing: [Errno 2]"),
         (["--handler", "a.b", "--event", __file__], 125, "Extra data"),
     ],

@@ -70,7 +70,7 @@ def test_pipeline():
 
 def test_every_example_is_tested():
     """No example goes without a test."""
-    tested = {"hello", "s3_to_s3", "gather", "pipeline"}
+    tested = {"asgi", "hello", "s3_to_s3", "gather", "pipeline"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
