@@ -832,7 +832,7 @@ class Pool:
                 self._refill(worker)
                 self._dispatch()
         elif frame.kind == _wire.REFUSED and job is not None and job.number == frame.number:
-            self._on_refused(worker, job, bytes(frame.body).decode())
+            self._on_refused(worker, job, bytes(frame.body).decode(errors="replace"))
         else:
             frame.close()
             self._on_end(worker, _wire.ProtocolError(f"an unexpected frame of kind {frame.kind}"))
@@ -977,6 +977,11 @@ class Pool:
         if not self._workers:
             self.kill()  # nothing is left but the control connection
             return
+        for worker in self._workers.values():
+            if worker.orphan:  # all that it had was taken back; nobody would tell of its end
+                _kill_orphan(worker)
+                self._bury(worker)  # and comes back here
+                return
         for worker in list(self._workers.values()):
             if worker.state is not _DYING:
                 worker.state = _DYING

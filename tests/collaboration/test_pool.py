@@ -743,6 +743,29 @@ async def test_an_orphan_runs_no_revoked_job(stage):
     assert [await job.future for job in jobs[1:]] == ["elsewhere"] * 2
 
 
+async def test_closing_with_an_orphan_that_has_nothing_left(stage, monkeypatch):
+    """A stopped worker without jobs and without a fork server does not hold up a close."""
+    monkeypatch.setattr(_pool, "_PATIENCE", 3600)
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    worker = jobs[0].worker
+    stage.pool._revoke(worker)
+    worker.revoking.cancel()
+    stage.pool._take_back(worker, 0.0)
+    stage.server.stop()
+    await idle()
+    one.reply(frame_one, "done")
+    assert await slow.future == "done"
+    third = await stage.ready_worker()
+    closing = stage.pool.close()
+    for job in jobs:
+        third.send(_wire.RESULT, (await third.job()).number, result_body("elsewhere"), SHORT)
+        assert await job.future == "elsewhere"
+    while await third.frame() is not None:
+        pass
+    stage.server.exited(third)
+    await closing
+
+
 async def test_a_worker_dies_after_its_fork_server(stage, monkeypatch):
     """Nobody can tell how it ended; the job fails all the same."""
     monkeypatch.setattr(os, "killpg", lambda pid, number: None)
