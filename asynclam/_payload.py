@@ -183,7 +183,11 @@ def lay_out(contents: Contents) -> list[_wire.Part]:
 
 
 def split(body: memoryview) -> list[tuple[int, memoryview]]:
-    """The kinds and contents that were laid out."""
+    """The kinds and contents that were laid out.
+
+    Raises:
+        ValueError: it is no payload, or not all of it (struct.error where not even its table is).
+    """
     (count,) = struct.unpack_from("<Q", body)
     position = 8 + 8 * count
     contents: list[tuple[int, memoryview]] = []
@@ -192,6 +196,8 @@ def split(body: memoryview) -> list[tuple[int, memoryview]]:
         position += -position % ALIGNMENT
         contents.append((kind, body[position : position + length]))
         position += length
+    if position > len(body):
+        raise ValueError(f"a payload of {position:,} bytes is cut off after {len(body):,}")
     return contents
 
 

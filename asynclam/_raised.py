@@ -166,8 +166,11 @@ def loads(body: bytearray | memoryview, job: str, pid: int | None) -> BaseExcept
 
     Where it cannot be rebuilt here, a PayloadError that names it. Never raises what comes of it.
     """
-    (length,) = _LENGTH.unpack_from(body)
-    kind, text, formatted = pickle.loads(body[_LENGTH.size : _LENGTH.size + length])
+    try:
+        (length,) = _LENGTH.unpack_from(body)
+        kind, text, formatted = pickle.loads(body[_LENGTH.size : _LENGTH.size + length])
+    except Exception as reason:
+        return PayloadError(f"what {job} raised could not be read: {reason_of(reason)}")
     data = body[_LENGTH.size + length :]
     try:
         if not data:
