@@ -53,6 +53,8 @@ _EXAMPLES = int(os.environ.get("ASYNCLAM_MODEL", "50"))
 _STEPS = 50
 _SHORT = 3 << 8  # the flags of a reply: 3 microseconds
 _LONG = 1_000_000 << 8
+_FLAGS = [0, 0, _wire.SEGMENT, _wire.RELEASES, _wire.SEGMENT | _wire.RELEASES, _wire.PIECES]
+_BODIES = st.sampled_from([b"", b"N.", bytes(8), bytes(24), b"\1" + bytes(7), b"\xff" * 40])
 
 
 class Stream:
@@ -415,13 +417,14 @@ class Model(RuleBasedStateMachine):
         self.turn()
 
     @precondition(lambda self: self.living(ready=True))
-    @rule(data=st.data(), garbage=st.sampled_from(["bytes", "frame"]))
-    def write_garbage(self, data, garbage):
+    @rule(data=st.data(), kind=st.integers(0, 13), flags=st.sampled_from(_FLAGS), body=_BODIES)
+    def write_garbage(self, data, kind, flags, body):
+        """A frame that answers nothing, or (kind 0) no frame at all."""
         process = data.draw(st.sampled_from(self.living(ready=True)), "process")
-        if garbage == "bytes":
-            process.channel.write(b"garbage" * 10)
+        if kind:
+            process.channel.send(kind, 1 << 40, body, flags)
         else:
-            process.channel.send(_wire.RESULT, 1 << 40, b"N.")
+            process.channel.write(b"garbage" * 10)
         self.turn()
 
     # --- what always holds -------------------------------------------------------------------------
