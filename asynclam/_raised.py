@@ -220,7 +220,8 @@ def _show(error: BaseException, text: str) -> None:
         shown = [*notes, text] if isinstance(notes, list) else [text]
         BaseException.__setattr__(error, "__notes__", shown)
         return
-    last = error
-    while last.__cause__ is not None:
+    last, seen = error, {id(error)}
+    while last.__cause__ is not None and id(last.__cause__) not in seen:  # it may be its own
         last = last.__cause__
+        seen.add(id(last))
     BaseException.__setattr__(last, "__cause__", WorkerTraceback(text))
