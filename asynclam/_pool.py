@@ -372,7 +372,7 @@ class Pool:
             self._watch = self.loop.call_later(_OVERDUE, self._look_for_overdue)
         size = _payload.size_of(job.call.parts) if kind is None else 0
         if size >= _payload.LEAST_IN_SEGMENT:
-            lease = self._segments_of(worker).outgoing.acquire(size)
+            lease = self._lease(worker, size)
             if lease is not None:
                 transfer = self.rota.begin(self._send_in_segment(worker, job, lease))
                 worker.transfer = None if transfer.ended else transfer
@@ -407,6 +407,12 @@ class Pool:
             [*job.call.descriptors, *added],
             partial(segments.outgoing.sent, lease),
         )
+
+    def _lease(self, worker: _Worker, nbytes: int) -> _segments.Lease | None:
+        try:
+            return self._segments_of(worker).outgoing.acquire(nbytes)
+        except OSError:  # at the limit of descriptors not even the module can be imported
+            return None
 
     def _segments_of(self, worker: _Worker) -> _segments.End:
         from . import _segments
@@ -789,8 +795,8 @@ class Pool:
                 self._revoke(worker)
             if not frame.flags & _IN_MEMORY:
                 return True
-        segments = self._segments_of(worker)
         try:
+            segments = self._segments_of(worker)
             if frame.flags & _wire.RELEASES:
                 frame.body = segments.noted(frame.body)
             if frame.flags & _wire.SEGMENT:

@@ -450,6 +450,25 @@ async def test_a_death_in_the_middle_of_a_result(stage):
         await job.future
 
 
+async def test_segments_cannot_be_had_at_the_limit_of_descriptors(stage, monkeypatch):
+    """A call goes in its frame then; a result that came in a segment is lost, and says so."""
+
+    def none_left(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Pool, "_segments_of", none_left)
+    large = bytes(1 << 20)
+    job = stage.submit_call(_call.Call(jobs.echo, (large,), {}))
+    worker = await stage.ready_worker()
+    frame = await worker.job()
+    assert not frame.flags & _wire.SEGMENT
+    assert call_of(frame)[1] == (large,)
+    worker.send(_wire.RESULT, frame.number, bytes(24), _wire.SEGMENT)
+    with pytest.raises(PayloadError, match="limit of open descriptors"):
+        await job.future
+    assert stage.pool.count("idle") == 1
+
+
 async def test_an_idle_worker_dies(stage):
     """The death of an idle worker harms nobody; the next job has another one."""
     job, worker, frame = await stage.busy()

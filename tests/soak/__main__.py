@@ -19,7 +19,7 @@ from random import Random, SystemRandom
 from time import monotonic
 from typing import Any
 
-from tests.parts import box
+from asynclam._box import box
 from tests.run import marked
 from tests.soak import report
 from tests.soak.round import Settings
@@ -31,9 +31,9 @@ _PATIENCE = 1800  # seconds in which a round ends, or is stuck
 # filled in a box only, whose /tmp is small, and matters where segments are files.
 _WAYS: tuple[tuple[dict[str, Any], str, bool], ...] = (
     ({"loop": "asyncio", "start_method": "fork", "workers": 2}, "", False),
-    ({"loop": "uvloop", "start_method": "fork", "workers": 3}, "file", True),
+    ({"loop": "uvloop", "start_method": "fork", "workers": 3, "tasks": 100}, "file", True),
     ({"loop": "uvloop", "start_method": "spawn", "workers": 2, "address_space": 64 << 20}, "", False),
-    ({"loop": "asyncio", "start_method": "fork", "workers": 1, "every": 60}, "stream", False),
+    ({"loop": "asyncio", "start_method": "fork", "workers": 1, "every": 60, "tasks": 300}, "stream", False),
     ({"loop": "asyncio", "start_method": "fork", "workers": 4, "every": 60}, "file", True),
     ({"loop": "uvloop", "start_method": "fork", "workers": 2, "address_space": 64 << 20}, "syscall", False),
 )  # fmt: skip

@@ -28,6 +28,7 @@ class Ledger:
             self._begun = mmap.mmap(file.fileno(), 0)
         self._outcomes = bytearray(jobs)
         self.kinds = [""] * jobs
+        self.retries = bytearray(jobs)  # that each may have
         self._history: list[tuple[int, str]] = []  # what was done to the executor, and when
         self.settled = 0
         self.kills: Counter[int] = Counter()  # deaths that were caused, by pid
@@ -68,7 +69,7 @@ class Ledger:
             begun = MARK.unpack_from(self._begun, number * MARK.size)
             if outcome == NONE:
                 self.complain(f"job {number} ({self.kinds[number]}) has no outcome")
-            if begun[0] > 1:
+            if begun[0] > 1 + self.retries[number]:
                 self._complain_of_two(number, *begun)
             elif outcome in (VALUE, OWN_ERROR) and not begun[0]:
                 self.complain(f"job {number} ({self.kinds[number]}) has an outcome, and not begun")

@@ -24,9 +24,19 @@ from typing import Any
 
 import uvloop
 
-from asynclam import Executor, PayloadError, WorkerDiedError, WorkerStartError, _forkserver, _memory
+from asynclam import (
+    Executor,
+    PayloadError,
+    WorkerDiedError,
+    WorkerStartError,
+    _forkserver,
+    _memory,
+    _streams,
+)
 from tests.soak import kinds, ledger, work
 from tests.soak.disturbances import Disturber
+
+assert _streams  # imported while there are descriptors for that
 
 _LIVES = 5  # executors, one after the other; the memory after the second is what the last may have
 _CLIENTS = 48  # who have one job, or one map, under way each
@@ -47,6 +57,7 @@ class Settings:
     loop: str = "asyncio"
     start_method: str = "fork"
     workers: int = 2
+    tasks: int | None = None  # jobs until a worker is replaced
     address_space: int = 0  # bytes that a worker may have beyond what it begins with; 0: all
     every: int = 150  # jobs between two disturbances
     spared: tuple[str, ...] = ()
@@ -84,6 +95,7 @@ class Life:
         executor = Executor(
             settings.workers,
             start_method=settings.start_method,  # type: ignore[arg-type]
+            max_tasks_per_child=settings.tasks,
             initializer=work.initialize,
             initargs=(str(self._book.path), settings.address_space),
         )
@@ -129,9 +141,15 @@ class Life:
                 await asyncio.sleep(0)
         self.kinds[order.kind] += 1
         self._book.kinds[number] = order.kind
+        is_to_end = self._random.random() < 0.03
+        if is_to_end and self._random.random() < 0.5:
+            executor = executor.options(cancel_grace=self._random.choice([0.001, 0.02]))
+        elif self._random.random() < 0.05:
+            executor = executor.options(retries=1)
+            self._book.retries[number] = 1
         job = asyncio.ensure_future(executor.run_cpu(order.fn, *order.args))
         cancel = None
-        if self._random.random() < 0.03:
+        if is_to_end:
             delay = self._random.choice([0, 0, 0.001, 0.003])
             cancel = asyncio.get_running_loop().call_later(delay, job.cancel)
         try:
