@@ -108,6 +108,11 @@ class Channel:
         """Whether no more frames will come."""
         return self._ended or self.closed
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether something waits for room at the other end."""
+        return bool(self._output)
+
     def attach(self, loop: AbstractEventLoop) -> None:
         """Moves to another loop; the one before is closed and has forgotten the descriptor."""
         self._loop = loop

@@ -154,12 +154,15 @@ class Executor:
         try:
             return await job.future  # type: ignore[no-any-return]
         except BaseException as error:
-            if job.future.cancel() or job.future.cancelled():
+            if _is_given_up(job):
                 job.caller = copy_context()  # of what it logs while it ends
                 pool.cancel(job)
-                if job.grace is not None and isinstance(error, asyncio.CancelledError):
-                    await _end_of(pool, job)
-            raise
+            if job.grace is None or not isinstance(error, asyncio.CancelledError):
+                raise
+            cancelled = error
+        # Not in the except block: anyio takes a second cancel in whose context its own is for that.
+        await _end_of(pool, job)
+        raise cancelled
 
     def _shares_main(self) -> bool:
         if self._max_workers == 0:
@@ -569,6 +572,13 @@ def _chunk_done(
         pool.cancel(job)
     elif job.weight:  # it has a result, not only an error
         measured(job.elapsed, max(weight, job.weight))
+
+
+def _is_given_up(job: Job) -> bool:
+    """Whether whoever awaited the job gives it up, and not the job itself has ended so."""
+    if job.future.get_loop().is_closed():  # a coroutine that is dropped; its pool sees to the job
+        return False
+    return job.future.cancel() or job.future.cancelled()
 
 
 async def _outcome_of(pool: Pool | InlinePool, job: Job) -> Any:

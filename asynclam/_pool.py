@@ -240,7 +240,7 @@ class Pool:
             worker.since = perf_counter()
             self._requeue(worker, worker.jobs.pop())
             self._refill(worker)
-        elif worker is not None and worker.state is _BUSY and self._give_time(job):
+        elif worker is not None and self._may_have_begun(worker) and self._give_time(job):
             self._revoke(worker)  # and sees to it if it has begun
             return
         elif worker is not None:
@@ -550,6 +550,10 @@ class Pool:
         self._dispatch()
 
     # --- cancelled jobs that have time to end -----------------------------------------------------
+
+    def _may_have_begun(self, worker: _Worker) -> bool:
+        # A job that is not sent has not; it would go on being sent while its descriptors are closed.
+        return worker.state is _BUSY and not worker.channel.is_sending
 
     def _give_time(self, job: Job) -> bool:
         """Whether the job has time to end; it begins once it is known to have begun."""

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from asynclam import _grace, _wire
+from asynclam import _grace, _memory, _wire
 from asynclam._job import Terms
 from tests.parts.actors import result_body
 from tests.parts.stage import idle
@@ -152,6 +152,18 @@ async def test_a_worker_that_is_dying_already(stage):
     worker.close()
     assert await stage.server.killed() == worker.number
     cancel(stage, job)
+    assert job.grace is None
+    stage.server.exited(worker)
+
+
+async def test_a_call_that_is_still_being_sent(stage, monkeypatch):
+    """It has not begun, and the rest of it is not sent: the worker is killed at once."""
+    monkeypatch.setattr(_memory, "are_payloads_streamed", lambda: True)
+    job = stage.submit(bytes(8 << 20), PATIENT)
+    worker = await stage.ready_worker()
+    await idle()
+    cancel(stage, job)
+    assert await stage.server.killed() == worker.number
     assert job.grace is None
     stage.server.exited(worker)
 

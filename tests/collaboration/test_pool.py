@@ -605,8 +605,11 @@ async def test_a_worker_is_free_before_the_cancel_is_told(stage):
     assert await second.future == "two"
 
 
-async def test_cancelling_while_the_call_is_being_sent(stage):
-    """A call that is half in the buffer is gone with the channel."""
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_cancelling_while_the_call_is_being_sent(stage, monkeypatch, streamed):
+    """A call that is half in the buffer, or in its segment, is gone with the channel."""
+    if streamed:
+        monkeypatch.setattr(_memory, "are_payloads_streamed", lambda: True)
     job = stage.submit(bytes(8 << 20))
     worker = await stage.ready_worker()
     await idle()

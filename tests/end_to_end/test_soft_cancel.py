@@ -7,7 +7,6 @@ import random
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import anyio
@@ -54,8 +53,7 @@ def compute(gate, trace):
     """Works in Python, and cleans up."""
     try:
         enter(gate)
-        while True:
-            pass
+        spin()
     finally:
         leave_a_trace(trace, "finally")
 
@@ -68,6 +66,12 @@ def block(gate, trace):
         leave_a_trace(trace, "finally")
 
 
+def spin():
+    # Not in a try block itself: in CPython 3.13 the jump back of a loop at its end is not guarded.
+    while True:
+        pass
+
+
 def enter(gate):
     with open(Path(gate, "entered"), "wb", buffering=0) as entered:
         entered.write(os.getpid().to_bytes(8, "little"))
@@ -77,10 +81,8 @@ def go_on(gate):
     """Takes no notice."""
     with contextlib.suppress(JobCancelled):
         enter(gate)
-        while True:
-            pass
-    while True:
-        pass
+        spin()
+    spin()
 
 
 def return_nevertheless(gate, trace):
@@ -111,8 +113,7 @@ def swallow(gate, trace):
     try:
         thing = Finalised(gate)
         del thing
-        while True:
-            pass
+        spin()
     finally:
         leave_a_trace(trace, "finally")
 
@@ -176,7 +177,7 @@ async def test_it_cleans_up(single, gate, trace, fn):
 async def test_what_it_has_spawned(single, gate, how):
     """A job that leaves processes behind takes its worker along, and so them; else that is kept."""
     task, pid = await started(single.options(cancel_grace=LONG), gate, spawn, how)
-    child = await gate.entered()
+    (child,) = {await gate.entered(), await gate.entered()} - {pid}
     await cancelled(task)
     await ended(child)
     assert (await single.run_cpu(jobs.pid) == pid) is (how == "ended")
@@ -190,6 +191,7 @@ def spawn(gate, how):
         pass_through(gate)
         os._exit(0)
     try:
+        enter(gate)  # only now may it be cancelled
         os.waitpid(child, 0)
     finally:
         if how != "left":
@@ -361,7 +363,11 @@ async def test_timeouts_and_groups(single, gate, trace, how):
                 await patient.run_cpu(block, gate.path, trace)
             await task
         elif how == "wait_for":
-            await asyncio.wait_for(patient.run_cpu(block, gate.path, trace), 0.2)
+            inner = patient.run_cpu(block, gate.path, trace)
+            task = asyncio.ensure_future(asyncio.wait_for(inner, LONG))
+            pids.append(await gate.entered())
+            task.cancel()
+            await task
         elif how == "fail_after":
             with anyio.fail_after(LONG) as scope:
                 task = asyncio.ensure_future(expire(scope, pids))
@@ -385,9 +391,9 @@ async def test_timeouts_and_groups(single, gate, trace, how):
     with pytest.raises(BaseException) as caught:
         await wait(pids)
     error = caught.value.exceptions[0] if how == "task group" else caught.value
-    assert isinstance(error, (TimeoutError, asyncio.TimeoutError, KeyError))
+    expected = {"wait_for": asyncio.CancelledError, "task group": KeyError}
+    assert isinstance(error, expected.get(how, TimeoutError))
     assert trace.read_text() == "finally "
-    pids = pids or [await gate.entered()]
     assert await single.run_cpu(jobs.pid) == pids[0]
 
 
@@ -564,7 +570,7 @@ async def test_a_stream_of_results(executor):
     """Streams give the same results on these terms."""
     patient = executor.options(cancel_grace=LONG)
     assert await patient.map_cpu(jobs.echo, range(1000)) == list(range(1000))
-    with pytest.raises(ValueError, match="1"):
+    with pytest.raises(ValueError):
         await patient.map_cpu(jobs.fail_on_odd, range(1000))
     async with patient.map_cpu(jobs.echo, range(1000)) as stream:
         assert await anext(stream) == 0
@@ -606,9 +612,7 @@ _begun, _ended = set(), set()
 def work_on(number):
     try:
         _begun.add(number)
-        end = time.perf_counter() + 0.001
-        while time.perf_counter() < end:
-            pass
+        jobs.spin(0.001)
     finally:
         _ended.add(number)
     return number
