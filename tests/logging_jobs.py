@@ -207,3 +207,10 @@ def left():
 
 def is_logging_loaded():
     return "logging" in sys.modules
+
+
+def clean_up(path):
+    try:
+        pass_through(path)
+    finally:
+        log.warning("cleaning up")

@@ -545,3 +545,17 @@ async def test_nothing_to_carry_costs_nothing():
     assert _context.carried(None) == b""
     async with Executor(1, context_vars=[request]) as executor:
         assert _context.carried(executor._variables) == b""
+
+
+async def test_records_of_a_job_that_ends_in_time(caught, gate):
+    """What a cancelled job logs while it cleans up is handled, in the context of its caller."""
+    async with Executor(1) as executor:
+        request.set("cancelled")
+        job = executor.options(cancel_grace=60).run_cpu(logging_jobs.clean_up, gate.path)
+        task = asyncio.create_task(job)
+        await gate.entered()
+        request.set("another")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert (caught.messages, caught.requests) == (["cleaning up"], ["cancelled"])
