@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ._environment import Environment, environment
     from ._errors import (
         AsynclamError,
+        DeadlineExceededError,
         ExecutorClosedError,
         JobCancelled,
         JobExitError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AsynclamError": "_errors",
     "Environment": "_environment",
+    "DeadlineExceededError": "_errors",
     "Executor": "_executor",
     "ExecutorClosedError": "_errors",
     "JobCancelled": "_errors",
@@ -49,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "AsynclamError",
+    "DeadlineExceededError",
     "Environment",
     "Executor",
     "ExecutorClosedError",
@@ -78,10 +81,10 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("asynclam")
-    if name == "s3":
+    if name in ("s3", "testing"):
         from importlib import import_module
 
-        return import_module(".s3", __name__)
+        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -92,4 +95,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__", "s3"])
+    return sorted([*__all__, "__version__", "s3", "testing"])

@@ -46,6 +46,10 @@ class Invocation:
         self.request_id, self.trace_id, self.deadline = request_id, trace_id, deadline
         self.carried = _laid_out(self.state, b"", b"")
 
+    def left(self) -> float:
+        """Seconds until the deadline; negative after it."""
+        return self.deadline - time()
+
     @property
     def state(self) -> tuple[str, str | None, float]:
         """Its arguments."""
@@ -63,7 +67,7 @@ def remaining() -> float:
     before, and was frozen meanwhile, has none.
     """
     current = invocation.get()
-    return float("inf") if current is None else max(0.0, current.deadline - time())
+    return float("inf") if current is None else max(0.0, current.left())
 
 
 class Variables:

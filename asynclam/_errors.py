@@ -6,6 +6,7 @@ What the user's own function raises is not among them: it comes back as itself.
 from __future__ import annotations
 
 import signal as _signal
+from collections.abc import Sequence
 
 
 class AsynclamError(Exception):
@@ -155,6 +156,8 @@ class JobCancelled(BaseException):
 class JobExitError(AsynclamError):
     """The job raised something that would have stopped, or silently confused, the event loop.
 
+    Or a handler made with ``lambda_handler`` did, which would have ended the Lambda runtime.
+
     ``SystemExit``, ``KeyboardInterrupt``, ``GeneratorExit``, ``CancelledError``, ``StopIteration``,
     ``StopAsyncIteration`` and every other exception that is not an ``Exception``.
 
@@ -162,9 +165,50 @@ class JobExitError(AsynclamError):
         original: the exception that the job raised.
     """
 
-    def __init__(self, job: str, original: BaseException) -> None:
+    def __init__(
+        self, job: str, original: BaseException, would: str = "stop the event loop or vanish in it"
+    ) -> None:
         self.original = original
         super().__init__(
-            f"{job} raised {_shown(original)}, which "
-            "would stop the event loop or vanish in it; return a value or raise an Exception instead"
+            f"{job} raised {_shown(original)}, which would {would}; "
+            "return a value or raise an Exception instead"
         )
+
+
+class DeadlineExceededError(AsynclamError, TimeoutError):
+    """The handler was cancelled, because the runtime would have killed it a moment later.
+
+    Attributes:
+        seconds: how long the invocation had run.
+        running: the functions that workers ran for it, with the seconds that each had run.
+        queued: how many jobs no worker had begun.
+        waiting: where the tasks of the invocation waited: function, file and line.
+    """
+
+    def __init__(
+        self,
+        handler: str,
+        *,
+        seconds: float,
+        margin: float,
+        running: list[tuple[str, float]],
+        queued: int,
+        waiting: list[str],
+    ) -> None:
+        self.seconds, self.running, self.queued = seconds, running, queued
+        self.waiting = waiting
+        jobs = ", ".join(f"{name} ({ran:.1f} s)" for name, ran in running[:_FEW]) or "nothing"
+        tasks = ", ".join(waiting[:_FEW]) or "nowhere"
+        super().__init__(
+            f"{handler} was cancelled after {seconds:.1f} s, {margin:g} s before the runtime would "
+            f"have killed it; in workers: {_and_more(jobs, running)}, {queued} jobs queued; "
+            f"waiting in: {_and_more(tasks, waiting)}; raise the function's timeout, give it less "
+            "to do, or stop by asynclam.remaining() and return what there is"
+        )
+
+
+_FEW = 5  # of many that a message names
+
+
+def _and_more(text: str, things: Sequence[object]) -> str:
+    return text if len(things) <= _FEW else f"{text} and {len(things) - _FEW} more"

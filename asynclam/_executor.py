@@ -456,6 +456,11 @@ class Executor:
             threads_abandoned=self._threads.abandoned,
         )
 
+    def under_way(self) -> tuple[list[tuple[str, float]], int]:
+        """What its workers run, by name and seconds, the longest first; and how many jobs wait."""
+        running = [entry for pool in self._pools for entry in pool.under_way()]
+        return sorted(running, key=lambda entry: -entry[1]), self._queued()
+
     def _counted(self, what: str) -> Any:
         return sum(getattr(pool.counts, what) for pool in self._pools)
 

@@ -1,8 +1,11 @@
 """An ``async def`` handler as the sync handler that the Lambda runtime calls.
 
-The event loop, the workers and what the lifespan has yielded live as long as the sandbox. The fork
-server is forked before there is a loop: at that moment the process is small and has one thread. The
-lifespan is entered and left in one task of its own, as cancel scopes in it require.
+The fork server is forked before there is a loop: at that moment the process is small and has one
+thread. What lives on across invocations is in :mod:`._sandbox`. An invocation is one task; whatever it
+has left when it ends is cancelled before its outcome is returned.
+
+The runtime client catches ``Exception`` and nothing else: what else leaves a handler ends the process,
+and the next invocation waits for a new one. So it becomes an ``Exception`` here.
 """
 
 from __future__ import annotations
@@ -11,20 +14,29 @@ import asyncio
 import atexit
 import functools
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, overload
 
-from . import _call, _server
+from . import _call, _context, _server
+from ._deadline import Deadline
 from ._default import default_executor, set_default_executor
+from ._errors import JobExitError
 from ._executor import Executor
+from ._sandbox import Lifespan, Sandbox
 
 Event = TypeVar("Event")
 Context = TypeVar("Context")
 Result = TypeVar("Result")
 AsyncHandler = Callable[[Event, Context], Coroutine[Any, Any, Result]]
-Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
+Outcome = tuple[Any, BaseException | None]  # of a handler: its result, or what it has raised
+
+_UNLIMITED = float("inf")
+_MOST_CLEANING = 1.0  # seconds that what an invocation has left has to end
+_LEAST_CLEANING = 0.02  # the same, when there is no time
 
 _state: ContextVar[Any] = ContextVar("asynclam.state")
 
@@ -44,6 +56,36 @@ def state() -> Any:
         ) from None
 
 
+def invocation_of(context: object) -> _context.Invocation:
+    """The invocation that the second argument of a handler tells of."""
+    remaining = getattr(context, "get_remaining_time_in_millis", None)
+    deadline = time.time() + remaining() / 1000 if remaining is not None else _UNLIMITED
+    request_id = getattr(context, "aws_request_id", None) or ""
+    return _context.Invocation(request_id, os.environ.get("_X_AMZN_TRACE_ID"), deadline)
+
+
+async def outcome_of(
+    fn: Callable[[Any, Any], Any],
+    event: object,
+    context: object,
+    *,
+    invocation: _context.Invocation,
+    state: object,
+) -> Outcome:
+    """What becomes of an invocation. Raises nothing.
+
+    SystemExit that leaves a task leaves the loop, too, with all else in the middle of something.
+    """
+    _state.set(state)
+    _context.invocation.set(invocation)
+    try:
+        result = fn(event, context)
+        # A decorator below lambda_handler may have answered without calling the coroutine function.
+        return await result if hasattr(result, "__await__") else result, None
+    except BaseException as error:
+        return None, error
+
+
 class Handler(Generic[Event, Context, Result]):
     """What ``lambda_handler`` makes of a coroutine function.
 
@@ -58,32 +100,145 @@ class Handler(Generic[Event, Context, Result]):
         fn: AsyncHandler[Event, Context, Result],
         lifespan: Lifespan | None,
         executor: Executor | None,
+        margin: float,
     ) -> None:
         functools.update_wrapper(self, fn)
-        self._lifespan = lifespan or _no_lifespan
+        self.lifespan, self.margin = lifespan, margin
         self._executor = executor
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._resources: _Resources | None = None
+        self._sandbox: Sandbox | None = None
+        self._task: asyncio.Task[Outcome] | None = None  # of the invocation that runs
+        self._is_terminated = False  # SIGTERM came while the loop was running
         self._is_registered = False  # at the hooks of SnapStart
+        # So that what functools.wraps() makes of it, a decorator above, can be started, too.
+        vars(self).update(start=self.start, close=self.close)
+
+    # --- one invocation --------------------------------------------------------------------------
 
     def __call__(self, event: Event, context: Context) -> Result:
         """Runs one invocation; everything is started at the first, unless ``start()`` was called.
 
         Raises:
+            DeadlineExceededError: it was cancelled, for the runtime would have killed it.
+            JobExitError: it raised ``SystemExit``, or another exception that is no ``Exception``.
             RuntimeError: an event loop runs already in this thread.
         """
         self._refuse_running_loop()
-        if self._resources is not None and self._resources.ended:
+        if self._sandbox is not None and self._sandbox.ended:
             self.close()  # raises why; the next invocation starts anew
-        loop, resources = self._started()
-        return loop.run_until_complete(self._invoke(resources, event, context))
-
-    async def _invoke(self, resources: _Resources, event: Event, context: Context) -> Result:
-        token = _state.set(resources.state)
+        sandbox = self._started()
+        invocation = invocation_of(context)
+        coroutine = outcome_of(
+            self.__wrapped__, event, context, invocation=invocation, state=sandbox.state
+        )
+        self._task = sandbox.begin(coroutine)
+        deadline = self.deadline(sandbox.loop, self._task, invocation, sandbox.left)
         try:
-            return await self.__wrapped__(event, context)
+            outcome = self._run(sandbox, self._task)
         finally:
-            _state.reset(token)
+            self._task = None
+            if deadline is not None:
+                deadline.end()
+            self._clear(sandbox, invocation)
+            if self._is_terminated:
+                self._end_by_signal()
+        return self.returned(outcome, deadline)  # type: ignore[no-any-return]
+
+    def deadline(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        task: asyncio.Task[Any],
+        invocation: _context.Invocation,
+        tasks: Callable[[], set[asyncio.Task[Any]]],
+        *,
+        stops: bool = True,
+    ) -> Deadline | None:
+        """Has the task cancelled in time; ``None`` if it has no end. See :class:`Deadline`."""
+        if invocation.deadline == _UNLIMITED:
+            return None
+        return Deadline(
+            loop,
+            task,
+            invocation,
+            name=_call.name_of(self.__wrapped__),
+            margin=self.margin,
+            executor=default_executor(),
+            tasks=tasks,
+            stops=stops,
+        )
+
+    def _run(self, sandbox: Sandbox, task: asyncio.Task[Outcome]) -> Outcome | None:
+        try:
+            sandbox.run(task)
+        except KeyboardInterrupt:
+            raise  # Ctrl-C, or as good as that: the handler's own was caught
+        except BaseException as error:  # of another task, or it was cancelled before it began
+            return None, error
+        return task.result() if task.done() else None
+
+    def returned(self, outcome: Outcome | None, deadline: Deadline | None) -> Any:
+        """The result of an invocation.
+
+        Args:
+            outcome: that of its task; ``None`` if that has not ended.
+            deadline: what may have cancelled it.
+
+        Raises:
+            Exception: what the runtime is to report.
+        """
+        result, error = outcome if outcome is not None else (None, None)
+        if deadline is not None and deadline.error is not None:
+            if outcome is None or error is not None:
+                raise deadline.error from error
+        elif outcome is None:
+            raise RuntimeError(
+                f"the event loop was stopped before {_call.name_of(self.__wrapped__)} had ended; "
+                "return from the handler instead of calling loop.stop()"
+            )
+        if error is None:
+            return result
+        if isinstance(error, Exception):
+            raise error
+        name = _call.name_of(self.__wrapped__)
+        raise JobExitError(name, error, "end the Lambda runtime") from error
+
+    def _clear(self, sandbox: Sandbox, invocation: _context.Invocation) -> None:
+        """Cancels what the invocation has left; what does not end takes the loop with it."""
+        if not sandbox.left():
+            return
+        seconds = max(_LEAST_CLEANING, min(_MOST_CLEANING, invocation.left() / 2))
+        try:
+            stubborn = sandbox.cancel_left(seconds)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # one of them has raised SystemExit
+            self._retire(sandbox, seconds, f"one raised {error!r}")
+            return
+        if stubborn:
+            names = ", ".join(sorted(task.get_name() for task in stubborn))
+            self._retire(
+                sandbox, seconds, f"{len(stubborn)} did not end in {seconds:.2g} s: {names}"
+            )
+
+    def _retire(self, sandbox: Sandbox, seconds: float, reason: str) -> None:
+        import logging
+
+        logger = logging.getLogger("asynclam")
+        logger.error(
+            "tasks that %s has left were cancelled, and %s; the event loop is closed, and the "
+            "lifespan is entered anew at the next invocation: await the tasks, or let CancelledError "
+            "pass",
+            _call.name_of(self.__wrapped__),
+            reason,
+        )
+        self._forget()
+        try:
+            sandbox.retire(seconds)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            logger.exception("the lifespan failed when it was left")
+
+    # --- its life --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Forks the fork server, makes the loop and enters the lifespan; once.
@@ -108,34 +263,53 @@ class Handler(Generic[Event, Context, Result]):
             self._is_registered = True
             _snapstart.register(self)
 
-    def _started(self) -> tuple[asyncio.AbstractEventLoop, _Resources]:
-        if self._loop is not None and self._resources is not None:
-            return self._loop, self._resources
+    def _started(self) -> Sandbox:
+        if self._sandbox is not None:
+            return self._sandbox
         if self._executor is not None:
             set_default_executor(self._executor)
         default_executor().prepare()
-        loop = _new_loop()
-        resources = _Resources(self._lifespan)
-        try:
-            loop.run_until_complete(resources.enter())
-        except BaseException:
-            _close_loop(loop)
-            raise
-        self._loop, self._resources = loop, resources
+        self._watch_termination()
+        self._sandbox = Sandbox(self.lifespan)
         atexit.register(self.close)
-        return loop, resources
+        if self._is_terminated:
+            self._end_by_signal()
+        return self._sandbox
 
     def close(self) -> None:
         """Leaves the lifespan and closes the loop; the next invocation starts anew. Runs at exit."""
-        loop, resources = self._loop, self._resources
-        if loop is None or resources is None:
-            return
-        self._loop = self._resources = None
+        sandbox = self._sandbox
+        if sandbox is not None:
+            self._forget()
+            sandbox.close()
+
+    def _forget(self) -> None:
+        self._sandbox = None
         atexit.unregister(self.close)
+        if _is_main_thread() and signal.getsignal(signal.SIGTERM) == self._on_termination:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # --- SIGTERM, which Lambda sends to a sandbox that has an extension ----------------------------
+
+    def _watch_termination(self) -> None:
+        if _is_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._on_termination)
+
+    def _on_termination(self, _signal: int, _frame: object) -> None:
+        if asyncio._get_running_loop() is None:
+            self._end_by_signal()
+            return
+        self._is_terminated = True
+        if self._task is not None:
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+
+    def _end_by_signal(self) -> None:
+        """Closes, and ends as if nobody had handled the signal."""
         try:
-            loop.run_until_complete(resources.leave())
+            self.close()
         finally:
-            _close_loop(loop)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _refuse_running_loop(self) -> None:
         if asyncio._get_running_loop() is not None:
@@ -146,66 +320,8 @@ class Handler(Generic[Event, Context, Result]):
             )
 
 
-class _Resources:
-    """The lifespan: entered and left in a task of its own, in which it waits in between."""
-
-    def __init__(self, lifespan: Lifespan) -> None:
-        self._lifespan = lifespan
-        self.state: Any = None
-        self._task: asyncio.Task[None]
-        self._entered: asyncio.Future[None]
-        self._leave: asyncio.Event
-
-    async def enter(self) -> None:
-        self._leave = asyncio.Event()
-        self._entered = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._live())
-        await asyncio.wait({self._task, self._entered}, return_when=asyncio.FIRST_COMPLETED)
-        if self._task.done():
-            await self._task  # raises what the lifespan has raised
-
-    @property
-    def ended(self) -> bool:
-        """Whether the lifespan has ended by itself: something in it has failed."""
-        return self._task.done()
-
-    async def _live(self) -> None:
-        async with self._lifespan() as self.state:
-            self._entered.set_result(None)
-            await self._leave.wait()
-
-    async def leave(self) -> None:
-        self._leave.set()
-        await self._task
-
-
-@asynccontextmanager
-async def _no_lifespan() -> AsyncIterator[None]:
-    yield None
-
-
-def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancels what still runs on the loop, as ``asyncio.run()`` does, and closes it."""
-    try:
-        loop.run_until_complete(_cancel(asyncio.all_tasks(loop)))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    finally:
-        loop.close()
-
-
-async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop where it is installed, else asyncio's own."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @overload
@@ -214,7 +330,7 @@ def lambda_handler(
 ) -> Handler[Event, Context, Result]: ...
 @overload
 def lambda_handler(
-    *, lifespan: Lifespan | None = None, executor: Executor | None = None
+    *, lifespan: Lifespan | None = None, executor: Executor | None = None, margin: float = 0.5
 ) -> Callable[[AsyncHandler[Event, Context, Result]], Handler[Event, Context, Result]]: ...
 def lambda_handler(
     fn: AsyncHandler[Any, Any, Any] | None = None,
@@ -222,6 +338,7 @@ def lambda_handler(
     *,
     lifespan: Lifespan | None = None,
     executor: Executor | None = None,
+    margin: float = 0.5,
 ) -> Any:
     """Turns ``async def handler(event, context)`` into the sync handler that Lambda calls.
 
@@ -229,27 +346,68 @@ def lambda_handler(
     As many workers are started as the function's memory gives CPUs for. ``handler.start()``, as the
     last line of the module, does at init what else the first invocation does.
 
+    Tasks that an invocation has begun and not awaited are cancelled when it ends. ``margin`` seconds
+    before the runtime would kill the sandbox the handler is cancelled, and DeadlineExceededError, which
+    says what was running, is reported: loop and workers stay warm. What the handler returns in spite
+    of the cancel counts. Code that blocks the loop is not interrupted.
+
     Args:
         fn: the coroutine function, where it is used as plain ``@lambda_handler``.
         lifespan: an async context manager function without arguments, as ASGI frameworks have it;
-            :func:`state` is what it yields.
+            :func:`state` is what it yields. It is left at SIGTERM and at the interpreter's exit.
         executor: the default executor from then on; ``None`` for one that suits the memory size.
+        margin: seconds. Half of it is for the handler to end, the rest for what it has left.
 
     Raises:
-        TypeError: ``fn`` is no coroutine function.
+        TypeError: ``fn`` is no coroutine function, or ``margin`` no number; or a decorator is below
+            this one that must be above.
+        ValueError: ``margin`` is negative.
     """
-    if fn is None:
-        return functools.partial(_make, lifespan=lifespan, executor=executor)
-    return _make(fn, lifespan=lifespan, executor=executor)
+    if not isinstance(margin, (int, float)) or isinstance(margin, bool):
+        raise TypeError(f"margin is a number of seconds, not {margin!r}")
+    if not 0 <= margin < _UNLIMITED:
+        raise ValueError(f"margin is 0 seconds or more, and finite, got {margin}")
+    make = functools.partial(_make, lifespan=lifespan, executor=executor, margin=margin)
+    return make if fn is None else make(fn)
 
 
 def _make(
-    fn: AsyncHandler[Any, Any, Any], *, lifespan: Lifespan | None, executor: Executor | None
+    fn: AsyncHandler[Any, Any, Any],
+    *,
+    lifespan: Lifespan | None,
+    executor: Executor | None,
+    margin: float,
 ) -> Handler[Any, Any, Any]:
-    if not _call.is_coroutine_function(fn):
+    *above, innermost = _layers(fn)
+    if not _call.is_coroutine_function(innermost):
         name = getattr(fn, "__name__", type(fn).__name__)
         raise TypeError(
             f"@lambda_handler takes an async def handler(event, context); {name} is none: write "
             f"async def {name}(event, context), or give it to Lambda as it is"
         )
-    return Handler(fn, lifespan, executor)
+    for layer in above:
+        _refuse_too_early(layer)
+    return Handler(fn, lifespan, executor, margin)
+
+
+def _layers(fn: Any) -> Iterator[Any]:
+    """A function, and what its decorators have wrapped, outermost first."""
+    seen = set()
+    while fn is not None and id(fn) not in seen:
+        seen.add(id(fn))
+        yield fn
+        fn = getattr(fn, "__wrapped__", None)
+
+
+# Packages whose decorators of handlers do their work when the call returns; below lambda_handler, that
+# is when the coroutine is made: metrics would be sent with the next invocation, if there is one.
+_ABOVE_ONLY = ("aws_lambda_powertools.metrics", "aws_lambda_powertools.tracing")
+
+
+def _refuse_too_early(layer: Any) -> None:
+    module = getattr(layer, "__globals__", {}).get("__name__", "")
+    if module.startswith(_ABOVE_ONLY) and not _call.is_coroutine_function(layer):
+        raise TypeError(
+            f"a decorator of {module} would end before the handler begins, for it knows no "
+            "coroutine functions; write it above @lambda_handler"
+        )

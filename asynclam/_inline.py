@@ -70,6 +70,10 @@ class InlinePool:
 
     hurry = cancel
 
+    def under_way(self) -> list[tuple[str, float]]:
+        """Nothing is, while somebody can ask."""
+        return []
+
     def expect(self) -> None:
         """Does nothing: what is closed here still runs jobs."""
 

@@ -314,6 +314,12 @@ class Pool:
         """How many workers are ``starting``, ``idle``, ``busy`` or ``dying``."""
         return sum(worker.state == state for worker in self._workers.values())
 
+    def under_way(self) -> list[tuple[str, float]]:
+        """What workers run, by name, and for how many seconds."""
+        now = perf_counter()
+        busy = (worker for worker in self._workers.values() if worker.jobs)
+        return [(worker.jobs[0].name, now - worker.since) for worker in busy]
+
     @property
     def queued(self) -> int:
         """How many jobs no worker has yet."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import large, small, start, web, work
+from . import invocation, large, small, start, web, work
 from .rows import Row
 
 ROWS: dict[int, Row] = {
     row.number: row
     for row in sorted(
-        (*small.ROWS, *large.ROWS, *start.ROWS, *work.ROWS, *web.ROWS), key=lambda row: row.number
+        (*small.ROWS, *large.ROWS, *start.ROWS, *work.ROWS, *web.ROWS, *invocation.ROWS),
+        key=lambda row: row.number,
     )
 }

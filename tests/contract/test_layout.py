@@ -61,7 +61,13 @@ ARROWS = {
     },
     "_default": {"_executor", "_sources", "_streams"},
     "_snapstart": {"_default"},
-    "_handler": {"_call", "_default", "_executor", "_server", "_snapstart"},
+    "_sandbox": set(),
+    "_deadline": {"_context", "_errors", "_executor"},
+    "_handler": {
+        "_call", "_context", "_deadline", "_default", "_errors", "_executor", "_sandbox", "_server",
+        "_snapstart",
+    },
+    "testing": {"_default", "_executor", "_handler"},
     "s3": {"_default", "_memory", "_streams"},
     "doctor": {"_environment", "_sizing"},
     "_cli": {"_box", "_demo", "doctor"},
@@ -138,7 +144,7 @@ def test_the_exports_agree():
     for name in asynclam.__all__:
         value = getattr(asynclam, name)
         assert value.__doc__, f"{name} has no docstring"
-    assert set(dir(asynclam)) == {*asynclam.__all__, "__version__", "s3"}
+    assert set(dir(asynclam)) == {*asynclam.__all__, "__version__", "s3", "testing"}
 
 
 def test_an_unknown_name():

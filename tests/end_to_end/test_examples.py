@@ -68,9 +68,26 @@ def test_pipeline():
     assert "decoder.py" in run("pipeline.py")
 
 
+def test_sqs_batch():
+    """What failed, or was late, comes again; what was done does not."""
+    code = (
+        "import json, sqs_batch\n"
+        "from asynclam.testing import LambdaContext, sqs_event\n"
+        "for seconds in 60, 0.99:\n"
+        "    result = sqs_batch.handler(sqs_event('one', '', 'three'), LambdaContext(seconds))\n"
+        "    print(json.dumps(result))\n"
+    )
+    *printed, first, second = run("-c", code).splitlines()
+    assert sorted(line.split()[0] for line in printed) == ["message-0", "message-2"]
+    failed = [item["itemIdentifier"] for item in json.loads(first)["batchItemFailures"]]
+    assert failed == ["message-1"]
+    late = [item["itemIdentifier"] for item in json.loads(second)["batchItemFailures"]]
+    assert late == ["message-0", "message-1", "message-2"]
+
+
 def test_every_example_is_tested():
     """No example goes without a test."""
-    tested = {"asgi", "hello", "s3_to_s3", "gather", "pipeline"}
+    tested = {"asgi", "hello", "s3_to_s3", "gather", "pipeline", "sqs_batch"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 
 from typing_extensions import assert_type
 
@@ -16,10 +17,14 @@ from asynclam import (
     map_cpu,
     map_io,
     prepare,
+    remaining,
     run_blocking,
     run_cpu,
     set_default_executor,
 )
+from asynclam.testing import LambdaContext, inline_jobs, invoke, sqs_event
+
+request: ContextVar[str] = ContextVar("request")
 
 
 def parse(data: bytes, *, strict: bool = False) -> int:
@@ -65,7 +70,7 @@ async def streams() -> None:
 async def executors() -> None:
     prepare()
     set_default_executor(None)
-    async with Executor(2, start_method="spawn") as executor:
+    async with Executor(2, start_method="spawn", context_vars=[request]) as executor:
         assert_type(await executor.run_cpu(parse, b""), int)
         assert_type(await executor.map_cpu(parse, [b""]), list[int])
         assert_type(await executor.map_io(download, ["key"]), list[bytes])
@@ -100,7 +105,20 @@ async def with_lifespan(event: dict[str, str], context: object) -> int:
     return len(event)
 
 
+@lambda_handler(margin=1.0)
+async def with_margin(event: dict[str, str], context: LambdaContext) -> int:
+    assert_type(remaining(), float)
+    return len(event)
+
+
+async def tests() -> None:
+    with inline_jobs() as executor:
+        assert_type(executor, Executor)
+    await invoke(with_margin, sqs_event("body"), LambdaContext(1.0))
+
+
 def handlers() -> None:
+    assert_type(with_margin({}, LambdaContext()), int)
     assert_type(plain({}, None), int)
     assert_type(with_lifespan({}, None), int)
     plain.start()

@@ -1,0 +1,191 @@
+"""What lives as long as a sandbox: an event loop, and in it the lifespan of a handler.
+
+Theory of operation. Between two invocations the loop does not run, and the process is frozen. The
+lifespan is entered and left in one task of its own, as cancel scopes in it require; that task waits
+in between. Whatever task an invocation has begun and left is cancelled at its end, and has a moment to
+end: else it would go on in the next invocation, with connections that are dead by then and the request
+id of another. One that does not end takes the loop with it: the lifespan is left, the loop is closed,
+and the next invocation begins with new ones. Nothing here waits longer than it is told to, but
+:meth:`Sandbox.close`, which waits for the lifespan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
+Task = asyncio.Task[Any]
+
+# Tasks that would not end, and whose loop is closed. If they were finalised, their code would run
+# once more, without a loop, to swallow one exception more.
+_abandoned: list[Task] = []
+
+
+class Sandbox:
+    """A loop in which a lifespan was entered.
+
+    Args:
+        lifespan: the context manager function; ``None`` for none.
+
+    Raises:
+        BaseException: what the lifespan raises when it is entered.
+    """
+
+    def __init__(self, lifespan: Lifespan | None) -> None:
+        self.loop = _new_loop()
+        self._resources = Resources(lifespan or _no_lifespan)
+        self._before: set[Task] = set()
+        try:
+            self.loop.run_until_complete(self._resources.enter())
+        except BaseException:
+            _close_loop(self.loop)
+            raise
+
+    @property
+    def state(self) -> Any:
+        """What the lifespan has yielded."""
+        return self._resources.state
+
+    @property
+    def ended(self) -> bool:
+        """Whether the lifespan has ended by itself: something in it has failed."""
+        return self._resources.ended
+
+    def begin(self, coroutine: Coroutine[Any, Any, Any]) -> Task:
+        """Makes the task of an invocation."""
+        self._before = asyncio.all_tasks(self.loop)
+        return self.loop.create_task(coroutine)
+
+    def run(self, task: Task) -> None:
+        """Runs the loop until the task is done, or the loop was stopped.
+
+        Raises:
+            BaseException: what has left another task, or a callback, and would end the process.
+        """
+        try:
+            self.loop.run_until_complete(task)
+        except RuntimeError:
+            if task.done():
+                raise
+            # stopped, because the task has had its time
+
+    def left(self) -> set[Task]:
+        """The tasks that the invocation has begun, and that have not ended."""
+        return asyncio.all_tasks(self.loop) - self._before
+
+    def cancel_left(self, seconds: float) -> set[Task]:
+        """Cancels what the invocation has left; those tasks that have not ended in time."""
+        left = self.left()
+        if left:
+            self.loop.run_until_complete(_cancel(left, seconds))
+        return {task for task in left if not task.done()}
+
+    def close(self) -> None:
+        """Leaves the lifespan, cancels what still runs, and closes the loop.
+
+        Raises:
+            BaseException: what the lifespan raises.
+        """
+        try:
+            self.loop.run_until_complete(self._resources.leave())
+        finally:
+            _close_loop(self.loop)
+
+    def retire(self, seconds: float) -> None:
+        """The same, in so many seconds: what has not ended then is abandoned.
+
+        Raises:
+            BaseException: what the lifespan raises.
+        """
+        try:
+            self.loop.run_until_complete(self._resources.leave(seconds))
+        finally:
+            _close_loop(self.loop, seconds)
+
+
+class Resources:
+    """The lifespan: entered and left in a task of its own, in which it waits in between."""
+
+    def __init__(self, lifespan: Lifespan) -> None:
+        self._lifespan = lifespan
+        self.state: Any = None
+        self._task: asyncio.Task[None]
+        self._entered: asyncio.Future[None]
+        self._leave: asyncio.Event
+
+    async def enter(self) -> None:
+        """Enters it.
+
+        Raises:
+            BaseException: what it raises.
+        """
+        self._leave = asyncio.Event()
+        self._entered = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._live())
+        await asyncio.wait({self._task, self._entered}, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            await self._task  # raises what the lifespan has raised
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._task.done()
+
+    async def _live(self) -> None:
+        async with self._lifespan() as self.state:
+            self._entered.set_result(None)
+            await self._leave.wait()
+
+    async def leave(self, seconds: float | None = None) -> None:
+        """Leaves it; what has not ended in so many seconds is left to be cancelled."""
+        self._leave.set()
+        await asyncio.wait({self._task}, timeout=seconds)
+        if self._task.done():
+            await self._task
+
+
+@asynccontextmanager
+async def _no_lifespan() -> AsyncIterator[None]:
+    yield None
+
+
+def _close_loop(loop: asyncio.AbstractEventLoop, seconds: float | None = None) -> None:
+    """Cancels what still runs on the loop, as ``asyncio.run()`` does, and closes it."""
+    try:
+        loop.run_until_complete(_end_all(loop, seconds))
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            _abandoned.append(task)
+        loop.close()
+
+
+async def _end_all(loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
+    await _cancel(asyncio.all_tasks(loop) - {asyncio.current_task()}, seconds)
+    generators = asyncio.ensure_future(loop.shutdown_asyncgens())
+    await asyncio.wait({generators}, timeout=seconds)
+
+
+async def _cancel(tasks: Iterable[Task], seconds: float | None) -> None:
+    """Cancels tasks, and waits until they have ended, or so many seconds."""
+    tasks = set(tasks)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
+    for task in tasks:
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            context = {"message": "a task failed while it was cancelled", "task": task}
+            asyncio.get_running_loop().call_exception_handler({**context, "exception": error})
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop where it is installed, else asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

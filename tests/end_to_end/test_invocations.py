@@ -1,0 +1,658 @@
+"""One invocation after another: deadlines, what is left behind, exits, signals, decorators."""
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import asynccontextmanager
+
+import anyio
+import aws_xray_sdk.core
+import pytest
+from aws_lambda_powertools import Logger, Metrics, Tracer
+
+from asynclam import (
+    AsynclamError,
+    DeadlineExceededError,
+    Executor,
+    JobExitError,
+    WorkerDiedError,
+    _context,
+    _deadline,
+    _default,
+    lambda_handler,
+    map_cpu,
+    remaining,
+    run_blocking,
+    run_cpu,
+    state,
+)
+from asynclam.testing import LambdaContext
+from tests import jobs, logging_jobs
+from tests.parts.gate import pass_through
+
+
+aws_xray_sdk.core.xray_recorder.emitter._socket.close()  # which it opens when it is imported
+
+
+@pytest.fixture
+def handlers():
+    """Makes handlers, and closes them."""
+    made = []
+
+    def make(fn, **options):
+        made.append(lambda_handler(**options)(fn))
+        return made[-1]
+
+    yield make
+    for handler in made:
+        handler.close()
+
+
+class Counted:
+    """A lifespan that counts how often it is entered and left."""
+
+    def __init__(self):
+        self.entered = self.left = 0
+
+    @asynccontextmanager
+    async def __call__(self):
+        self.entered += 1
+        yield self.entered
+        self.left += 1
+
+
+NOW = LambdaContext(0.0)  # its time is over
+
+
+# --- the deadline --------------------------------------------------------------------------------
+
+
+def test_remaining(handlers):
+    """``remaining()`` is that of the context, also in a worker and a thread; ``inf`` without one."""
+
+    async def handler(event, context):
+        return [
+            remaining(),
+            await run_cpu(logging_jobs.left),
+            await run_blocking(remaining),
+            *await map_cpu(_left, [0]),
+        ]
+
+    handler = handlers(handler)
+    assert all(900 < left <= 1000 for left in handler(None, LambdaContext(1000)))
+    assert handler(None, None) == [float("inf")] * 4
+    assert remaining() == float("inf")
+
+
+def _left(_):
+    return remaining()
+
+
+def test_the_deadline(handlers, gate):
+    """The handler is cancelled; the error says what ran, where, and what waited; workers stay warm."""
+    lifespan = Counted()
+
+    async def crunch(path):
+        await run_cpu(pass_through, path)
+
+    async def handler(event, context):
+        if event is not None:
+            return await run_cpu(jobs.pid)
+        async with anyio.create_task_group() as group:
+            group.start_soon(crunch, gate.path)
+            await gate.entered()
+            group.start_soon(run_cpu, pass_through, gate.path)
+            group.start_soon(run_cpu, pass_through, gate.path)
+        return None
+
+    handler = handlers(handler, lifespan=lifespan, executor=Executor(2), margin=1.0)
+    handler("first", LambdaContext(60))
+    context = LambdaContext(1.05)  # so that it is over at once, or when the jobs run
+    with pytest.raises(DeadlineExceededError) as caught:
+        handler(None, context)
+    error = caught.value
+    assert isinstance(error, (AsynclamError, TimeoutError))
+    assert isinstance(error.__cause__, (asyncio.CancelledError, type(None)))
+    assert all(name.endswith("pass_through") for name, _ in error.running)
+    assert any("test_invocations.py" in place for place in error.waiting)
+    assert "before the runtime would have killed it" in str(error)
+    assert isinstance(handler("next", LambdaContext(60)), int)
+    assert lifespan.entered == 1
+
+
+def test_what_is_told_at_the_deadline(handlers, gate):
+    """Functions in workers, jobs in the queue, and the lines at which tasks wait."""
+
+    async def handler(event, context):
+        tasks = [asyncio.create_task(run_cpu(pass_through, gate.path)) for _ in range(3)]
+        await gate.entered()
+        asyncio.get_running_loop().call_soon(expire)
+        await asyncio.gather(*tasks)
+
+    handler = handlers(handler, executor=Executor(1), margin=0.2)
+    expired = []
+
+    def expire():
+        # The clock, which the deadline asks, is at the end.
+        deadline = expired[0]
+        deadline._invocation.deadline = 0.0
+        deadline._timer.cancel()
+        deadline._expire()
+
+    make = handler.deadline
+    handler.deadline = lambda *args, **kwargs: expired.append(make(*args, **kwargs)) or expired[0]
+    with pytest.raises(DeadlineExceededError) as caught:
+        handler(None, LambdaContext(60))
+    ((name, seconds),) = caught.value.running
+    assert (name, caught.value.queued) == ("tests.parts.gate.pass_through", 2)
+    assert seconds > 0
+    assert any(place.startswith("handler (") for place in caught.value.waiting)
+    assert "tests.parts.gate.pass_through (" in str(caught.value)
+    assert "2 jobs queued" in str(caught.value)
+
+
+def test_a_result_in_spite_of_the_deadline(handlers):
+    """A handler that takes the cancel and returns has answered."""
+
+    async def handler(event, context):
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            return event
+
+    handler = handlers(handler)
+    assert handler("partial", NOW) == "partial"
+    assert handler(None, NOW) is None
+
+
+def test_an_error_after_the_deadline(handlers):
+    """What the handler raises because it was cancelled is the cause, not the report."""
+
+    async def handler(event, context):
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            raise KeyError("while cleaning up") from None
+
+    with pytest.raises(DeadlineExceededError) as caught:
+        handlers(handler)(None, NOW)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_handler_that_does_not_end(handlers, caplog):
+    """One that ignores the cancel loses its loop; the next invocation has a new one, and lifespan."""
+    lifespan = Counted()
+
+    async def handler(event, context):
+        while event is None:
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                continue
+        return state()
+
+    handler = handlers(handler, lifespan=lifespan, margin=0.02)
+    with pytest.raises(DeadlineExceededError):
+        handler(None, NOW)
+    assert "did not end" in caplog.text
+    assert handler("next", None) == 2
+    assert lifespan.entered == 2
+
+
+def test_a_timer_that_is_early(handlers, monkeypatch):
+    """The wall clock decides: while it says that there is time, the timer begins anew."""
+    looked = []
+
+    class Early(_context.Invocation):
+        __slots__ = ()
+
+        def left(self):
+            looked.append(1)
+            return -1.0 if len(looked) > 3 else 0.51  # of the margin of 0.5
+
+    async def never():
+        await asyncio.get_running_loop().create_future()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(never())
+        deadline = _deadline.Deadline(
+            loop,
+            task,
+            Early("", None, 1.0),
+            name="handler",
+            margin=0.5,
+            executor=Executor(0),
+            tasks=set,
+            stops=False,
+        )
+        await asyncio.wait({task})
+        return deadline
+
+    deadline = asyncio.run(main())
+    assert len(looked) == 4
+    assert deadline.error is not None
+
+
+@pytest.mark.parametrize(
+    ("margin", "error"),
+    [("1", TypeError), (True, TypeError), (-1, ValueError), (float("inf"), ValueError)],
+)
+def test_margins(margin, error):
+    """A margin is a number of seconds, and no less than 0."""
+    with pytest.raises(error, match="margin"):
+        lambda_handler(margin=margin)
+
+
+# --- what an invocation leaves -------------------------------------------------------------------
+
+
+def test_tasks_that_are_left(handlers):
+    """They are cancelled before the result is returned, and none runs in the next invocation."""
+    ends = []
+
+    async def forever(number):
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ends.append(number)
+
+    async def handler(event, context):
+        tasks.append(asyncio.create_task(forever(event)))
+        await asyncio.sleep(0)
+        return event
+
+    tasks = []
+    handler = handlers(handler)
+    for number in range(3):
+        assert handler(number, None) == number
+        assert ends == list(range(number + 1))
+
+
+def test_jobs_that_are_left(handlers, gate):
+    """The worker of a job that nobody awaits any more is replaced: the next invocation has all."""
+
+    async def handler(event, context):
+        if event is None:
+            return await run_cpu(jobs.echo, "free")
+        tasks.append(asyncio.create_task(run_cpu(pass_through, gate.path)))
+        await gate.entered()
+        return "left"
+
+    tasks = []
+    handler = handlers(handler, executor=Executor(1))
+    assert handler("leave", None) == "left"
+    assert tasks[0].cancelled()
+    assert handler(None, None) == "free"
+
+
+def test_a_task_of_the_lifespan(handlers):
+    """What the lifespan has begun is no invocation's, and lives on."""
+    ticks = []
+
+    @asynccontextmanager
+    async def lifespan():
+        async with anyio.create_task_group() as group:
+            group.start_soon(tick)
+            yield
+            group.cancel_scope.cancel()
+
+    async def tick():
+        while True:
+            ticks.append(1)
+            await asyncio.sleep(0)
+
+    async def handler(event, context):
+        count = len(ticks)
+        while len(ticks) < count + 3:
+            await asyncio.sleep(0)
+
+    handler = handlers(handler, lifespan=lifespan)
+    for _ in range(3):
+        handler(None, None)
+
+
+def test_a_task_that_does_not_end(handlers, caplog):
+    """It takes the loop with it, which is said; the lifespan is left and entered anew."""
+    lifespan = Counted()
+
+    async def stubborn():
+        while True:
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                continue
+
+    async def handler(event, context):
+        if event is not None:
+            handler.task = asyncio.create_task(stubborn(), name="stubborn one")
+            await asyncio.sleep(0)
+        return id(asyncio.get_running_loop()), state()
+
+    made = handlers(handler, lifespan=lifespan)
+    first = made("leave it", LambdaContext(0.6))
+    assert "stubborn one" in caplog.text
+    assert "event loop is closed" in caplog.text
+    second = made(None, None)
+    assert (first[1], second[1]) == (1, 2)
+    assert (lifespan.entered, lifespan.left) == (2, 1)
+
+
+def test_a_lifespan_that_fails_when_the_loop_is_retired(handlers, caplog):
+    """It is told, and the invocation has its result all the same."""
+
+    @asynccontextmanager
+    async def lifespan():
+        yield 1
+        raise KeyError("in the lifespan")
+
+    async def handler(event, context):
+        async def exits():
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                sys.exit(3)
+
+        handler.task = asyncio.create_task(exits())
+        await asyncio.sleep(0)
+        return "result"
+
+    made = lambda_handler(lifespan=lifespan)(handler)
+    assert made(None, None) == "result"
+    assert "SystemExit(3)" in caplog.text
+    assert "in the lifespan" in caplog.text
+
+
+def test_a_thousand_invocations(handlers):
+    """Crashes, deadlines, tasks that are left and workers that are frozen among them leak nothing."""
+
+    async def handler(event, context):
+        if event == "crash":
+            await run_cpu(jobs.hard_exit, 3)
+        if event == "deadline":
+            await run_cpu(jobs.spin, 3600)
+        if event == "leave":
+            handler.task = asyncio.create_task(run_cpu(jobs.spin, 3600))
+            await asyncio.sleep(0)
+        return await run_cpu(jobs.pid), len(asyncio.all_tasks())
+
+    made = handlers(handler, executor=Executor(2))
+    tasks = made("first", None)[1]
+    open_before = len(jobs.descriptors())
+    pid = None
+    for number in range(1000):
+        if number % 100 == 7:
+            with pytest.raises(WorkerDiedError):
+                made("crash", None)
+        elif number % 100 == 17:
+            with pytest.raises(DeadlineExceededError):
+                made("deadline", NOW)
+        elif number % 100 == 27:
+            made("leave", None)
+        elif number % 100 == 37:
+            os.kill(pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGCONT)
+            made(None, None)
+        else:
+            pid, count = made(None, LambdaContext(600))
+            assert count == tasks
+    executor = _default.default_executor()
+    assert executor.statistics().worker_deaths == 10
+    assert executor.statistics().jobs_running == executor.statistics().jobs_queued == 0
+    assert len(jobs.descriptors()) <= open_before + 4  # a second worker's
+
+
+# --- exits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
+)
+def test_exits(handlers, error):
+    """What would end the runtime is an ordinary error, with the original; the loop lives on."""
+
+    async def handler(event, context):
+        if event is not None:
+            raise error
+        return id(asyncio.get_running_loop())
+
+    handler = handlers(handler)
+    loop = handler(None, None)
+    with pytest.raises(JobExitError, match="end the Lambda runtime") as caught:
+        handler("exit", None)
+    assert caught.value.original is error
+    assert caught.value.__cause__ is error
+    assert handler(None, None) == loop
+
+
+def test_an_exit_of_another_task(handlers):
+    """SystemExit that leaves a task stops the loop: it is the invocation's error all the same."""
+
+    async def exits():
+        sys.exit(3)
+
+    async def handler(event, context):
+        if event is not None:
+            handler.task = asyncio.create_task(exits())
+            await asyncio.get_running_loop().create_future()
+        return "next"
+
+    made = handlers(handler)
+    with pytest.raises(JobExitError, match=r"SystemExit\(3\)"):
+        made("exit", None)
+    assert made(None, None) == "next"
+    with pytest.raises(SystemExit):
+        handler.task.result()
+
+
+def test_a_loop_that_is_stopped(handlers):
+    """A handler that stops the loop gets an error that says so."""
+
+    async def handler(event, context):
+        if event is not None:
+            asyncio.get_running_loop().stop()
+            await asyncio.get_running_loop().create_future()
+        return "next"
+
+    handler = handlers(handler)
+    with pytest.raises(RuntimeError, match=r"loop\.stop"):
+        handler("stop", None)
+    assert handler(None, None) == "next"
+
+
+# --- SIGTERM -------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, signal, sys
+from contextlib import asynccontextmanager
+from asynclam import lambda_handler, run_cpu
+import asyncio
+
+@asynccontextmanager
+async def lifespan():
+    print("enter", flush=True)
+    yield
+    print("leave", flush=True)
+
+@lambda_handler(lifespan=lifespan)
+async def handler(event, context):
+    if event == "inside":
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            print("cancelled", flush=True)
+    return await run_cpu(abs, -1)
+
+handler.start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "printed"),
+    [
+        (
+            "print(handler(None, None)); os.kill(os.getpid(), signal.SIGTERM)",
+            ["enter", "1", "leave"],
+        ),
+        ("handler('inside', None)", ["enter", "cancelled", "leave"]),
+    ],
+    ids=["between invocations", "during one"],
+)
+def test_sigterm(end, printed):
+    """The lifespan is left, and the process ends as by that signal."""
+    done = subprocess.run(
+        [sys.executable, "-u", "-X", "dev", "-c", PROGRAM + end],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout.split(), done.returncode) == (printed, -15), done.stderr
+
+
+def test_a_signal_handler_of_the_user_s():
+    """It stays: whoever handles SIGTERM ends the process himself, which leaves the lifespan."""
+    code = PROGRAM.replace(
+        "handler.start()",
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); handler.start()",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGTERM)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout.split(), done.returncode) == (["enter", "leave"], 7), done.stderr
+
+
+# --- a thread, as Durable functions have it ------------------------------------------------------
+
+
+def test_in_a_thread(handlers):
+    """A handler may be called in a thread that is not the main one."""
+
+    async def handler(event, context):
+        return await run_cpu(jobs.echo, event)
+
+    handler = handlers(handler)
+    results = []
+
+    def call():
+        results.append(handler(1, LambdaContext()))
+        handler.close()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert results == [1]
+
+
+# --- decorators ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def powertools(monkeypatch):
+    monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "tests")
+    monkeypatch.setenv("POWERTOOLS_METRICS_NAMESPACE", "tests")
+    monkeypatch.setenv("POWERTOOLS_TRACE_DISABLED", "true")
+
+
+def test_powertools_above(handlers, powertools, capsys):
+    """Logger, Tracer and Metrics above: keys, metrics and results are those of the invocation."""
+    logger, tracer, metrics = Logger(service="above"), Tracer(service="above"), Metrics()
+
+    async def handler(event, context):
+        metrics.add_metric("Items", unit="Count", value=event)
+        logger.info("in the handler")
+        await run_cpu(_log, "above", "in a job")
+        return event
+
+    inner = handlers(handler)
+    outer = logger.inject_lambda_context(
+        tracer.capture_lambda_handler(metrics.log_metrics(inner)), clear_state=True
+    )
+    outer.start()  # a decorator keeps it
+    for number in range(3):
+        context = LambdaContext(function_name="decorated", aws_request_id=f"request-{number}")
+        assert outer(number, context) == number
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    logged = [line for line in lines if "message" in line]
+    assert [(line["message"], line["function_request_id"]) for line in logged] == [
+        (message, f"request-{number}")
+        for number in range(3)
+        for message in ("in the handler", "in a job")
+    ]
+    assert [line["Items"] for line in lines if "_aws" in line] == [[0.0], [1.0], [2.0]]
+    assert outer.__name__ == "handler"
+
+
+def _log(service, message):
+    logging.getLogger(service).info(message)
+
+
+def test_powertools_logger_below(handlers, powertools, capsys):
+    """The decorator of Logger is as good below, for it works before the call."""
+    logger = Logger(service="below")
+
+    @logger.inject_lambda_context
+    async def handler(event, context):
+        await run_cpu(_log, "below", "in a job")
+        return event
+
+    made = handlers(handler)
+    for number in range(2):
+        assert made(number, LambdaContext(aws_request_id=f"request-{number}")) == number
+    logged = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["function_request_id"] for line in logged] == ["request-0", "request-1"]
+
+
+def test_powertools_that_would_end_too_early(powertools):
+    """Metrics and Tracer below would end before the handler begins: refused, with what to write."""
+
+    async def handler(event, context):
+        return event
+
+    for decorator in (Metrics().log_metrics, Tracer().capture_lambda_handler):
+        with pytest.raises(TypeError, match="above @lambda_handler"):
+            lambda_handler(decorator(handler))
+
+
+def test_a_decorator_that_answers(handlers):
+    """A decorator below may answer without calling the coroutine function."""
+
+    async def handler(event, context):
+        return event
+
+    @functools.wraps(handler)
+    def checked(event, context):
+        return handler(event, context) if event else "no event"
+
+    made = handlers(checked)
+    assert (made(1, None), made(None, None)) == (1, "no event")
+
+
+def test_the_trace_id_of_the_runtime():
+    """What the runtime client has put into the environment is in that of the job."""
+    os.environ["_X_AMZN_TRACE_ID"] = "Root=1"
+    try:
+
+        @lambda_handler
+        async def handler(event, context):
+            return await run_cpu(logging_jobs.trace_id)
+
+        assert handler(None, None) == "Root=1"
+        os.environ["_X_AMZN_TRACE_ID"] = "Root=2"
+        assert handler(None, None) == "Root=2"
+        del os.environ["_X_AMZN_TRACE_ID"]
+        assert handler(None, None) is None
+    finally:
+        os.environ.pop("_X_AMZN_TRACE_ID", None)
+        handler.close()
