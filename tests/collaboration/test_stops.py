@@ -1,0 +1,147 @@
+"""Revoking against a worker that may be stopped at any line: each job runs once, and no more.
+
+The worker's lines are those of ``Worker._serve`` and ``Marks.begin``, the pool's those of
+``Pool._revoke`` and ``Pool._take_back``. A stop, or a freeze of both with whatever clock, is an
+order in which they come: all orders are played.
+"""
+
+import asyncio
+from collections import Counter
+from itertools import combinations_with_replacement
+
+from asynclam import _call, _forkserver, _pool, _wire, _worker
+from asynclam._pool import Plan, Pool
+from tests import jobs
+from tests.parts.actors import FakeServer, call_of, result_body
+
+SHORT = 3 << 8  # the flags of a reply: 3 microseconds
+JOBS = 3
+LINES = 4  # of a worker for each job
+
+
+class Lines:
+    """What a worker does with the jobs that it has received, line by line."""
+
+    def __init__(self, worker, numbers, slot, ran):
+        self._worker, self._numbers, self._slot, self._ran = worker, numbers, slot, ran
+        self.received = []
+        self._steps = self._work()
+
+    def advance(self, count):
+        for _ in range(count):
+            next(self._steps, None)
+
+    def finish(self):
+        for _ in self._steps:
+            pass
+
+    def _work(self):
+        while self.received:
+            frame = self.received.pop(0)
+            order = self._worker._orders[frame.number]
+            self._numbers[2 * self._slot] = order
+            yield
+            may = order > self._numbers[2 * self._slot + 1]
+            yield
+            if may:
+                self._ran[call_of(frame)[1][0]] += 1
+            yield
+            if may:
+                self._worker.send(_wire.RESULT, frame.number, result_body(None), SHORT)
+            else:
+                self._worker.skip(frame)
+            yield
+
+
+async def serve(worker, ran):
+    """A worker that nobody stops."""
+    while True:
+        frame = await worker.job()
+        if worker.begin(frame.number):
+            ran[call_of(frame)[1][0]] += 1
+            worker.send(_wire.RESULT, frame.number, result_body(None), SHORT)
+        else:
+            worker.skip(frame)
+
+
+async def play(monkeypatch, before_revoke, before_look, before_drain):
+    """Each is how many lines the worker has done when the pool comes to its next one."""
+    server, ran = FakeServer(), Counter()
+    monkeypatch.setattr(_forkserver, "ensure", lambda method: server)
+    pool = Pool(asyncio.get_running_loop(), Plan("fork", b"", lambda pool: 2))
+    workers, tasks = [], []
+
+    async def start(name):
+        job = pool.submit(_call.Call(jobs.echo, (name,), {}))
+        workers.append(await server.worker())
+        workers[-1].ready()
+        return job, workers[-1], await workers[-1].job()
+
+    try:
+        slow, other, slow_frame = await start("slow")
+        first, worker, frame = await start("first")
+        worker.send(_wire.RESULT, frame.number, result_body(None), SHORT)
+        await first.future
+        submitted = [pool.submit(_call.Call(jobs.echo, (n,), {})) for n in range(JOBS)]
+        known = pool._workers[worker.number]
+        lines = Lines(worker, pool._marks._numbers, known.slot, ran)
+        lines.received = [await worker.job() for _ in submitted]
+
+        lines.advance(before_revoke)
+        pool._revoke(known)
+        known.revoking.cancel()
+        lines.advance(before_look - before_revoke)
+        begun = _worker.Marks.begun
+
+        def look(marks, slot):
+            found = begun(marks, slot)
+            lines.advance(before_drain - before_look)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_worker.Marks, "begun", look)
+            pool._take_back(known, 0.0)
+        other.send(_wire.RESULT, slow_frame.number, result_body(None), SHORT)
+        tasks.append(asyncio.ensure_future(serve(other, ran)))  # takes what was taken back
+        for _ in range(10):
+            await asyncio.sleep(0)
+        lines.finish()  # thawed
+        tasks.append(asyncio.ensure_future(serve(worker, ran)))
+        await asyncio.gather(slow.future, *(job.future for job in submitted))
+        return ran, pool.deaths + pool.count("dying")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        pool.kill()
+        for actor in (*workers, server):
+            actor.stop() if actor is server else actor.close()
+
+
+async def test_a_worker_stopped_at_any_line(monkeypatch):
+    """Whatever the worker has read when it is stopped, and for how long: no job is lost or run twice."""
+    monkeypatch.setattr(_pool, "_OVERDUE", 3600)
+    everything = Counter(range(JOBS))
+    for order in combinations_with_replacement(range(JOBS * LINES + 1), 3):
+        ran, deaths = await play(monkeypatch, *order)
+        assert (ran, deaths) == (everything, 0), order
+
+
+def test_the_order_of_the_two_lines():
+    """A worker marks a job as begun before it reads what is revoked, never after."""
+    touched = []
+
+    class Numbers(list):
+        def __setitem__(self, index, value):
+            touched.append(("write", index))
+            super().__setitem__(index, value)
+
+        def __getitem__(self, index):
+            touched.append(("read", index))
+            return super().__getitem__(index)
+
+    marks = _worker.Marks(memoryview(bytearray(_worker.Marks.SLOT)))
+    marks._numbers = Numbers([0, 7])
+    assert not marks.begin(0, 7)
+    assert marks.begin(0, 8)
+    assert touched == [("write", 0), ("read", 1)] * 2
