@@ -9,22 +9,21 @@ import asyncio
 from collections import Counter
 from itertools import combinations_with_replacement
 
-from asynclam import _call, _forkserver, _pool, _wire, _worker
-from asynclam._pool import Plan, Pool
-from tests import jobs
-from tests.parts.actors import FakeServer, call_of, result_body
+from asynclam import _forkserver, _pool, _wire, _worker
+from tests.parts.actors import call_of, result_body
+from tests.parts.stage import Stage, idle
 
 SHORT = 3 << 8  # the flags of a reply: 3 microseconds
 JOBS = 3
-LINES = 4  # of a worker for each job
+LINES = 5  # of a worker for each job, at most
+NUMBERS = _worker.Marks.SLOT // 8  # of a worker on the page of marks
 
 
 class Lines:
     """What a worker does with the jobs that it has received, line by line."""
 
-    def __init__(self, worker, numbers, slot, ran):
-        self._worker, self._numbers, self._slot, self._ran = worker, numbers, slot, ran
-        self.received = []
+    def __init__(self, worker, frames, ran):
+        self._worker, self._frames, self._ran = worker, frames, ran
         self._steps = self._work()
 
     def advance(self, count):
@@ -36,12 +35,15 @@ class Lines:
             pass
 
     def _work(self):
-        while self.received:
-            frame = self.received.pop(0)
+        numbers, begun = self._worker._marks._numbers, NUMBERS * self._worker._slot
+        for frame in self._frames:
             order = self._worker._orders[frame.number]
-            self._numbers[2 * self._slot] = order
+            numbers[begun] = order
             yield
-            may = order > self._numbers[2 * self._slot + 1]
+            may = order > numbers[begun + 1]
+            yield
+            if not may:
+                numbers[begun] = order - 1
             yield
             if may:
                 self._ran[call_of(frame)[1][0]] += 1
@@ -65,27 +67,24 @@ async def serve(worker, ran):
 
 
 async def play(monkeypatch, before_revoke, before_look, before_drain):
-    """Each is how many lines the worker has done when the pool comes to its next one."""
-    server, ran = FakeServer(), Counter()
-    monkeypatch.setattr(_forkserver, "ensure", lambda method: server)
-    pool = Pool(asyncio.get_running_loop(), Plan("fork", b"", lambda pool: 2))
-    workers, tasks = [], []
+    """Each is how many lines the worker has done when the pool comes to its next one.
 
-    async def start(name):
-        job = pool.submit(_call.Call(jobs.echo, (name,), {}))
-        workers.append(await server.worker())
-        workers[-1].ready()
-        return job, workers[-1], await workers[-1].job()
-
+    Returns:
+        How often each job ran, and how many workers have died or are to.
+    """
+    stage, ran, tasks, workers = Stage(), Counter(), [], []
+    monkeypatch.setattr(_forkserver, "ensure", lambda method: stage.server)
+    pool = stage.pool
     try:
-        slow, other, slow_frame = await start("slow")
-        first, worker, frame = await start("first")
+        slow, other, slow_frame = await stage.busy("slow")
+        workers.append(other)
+        first, worker, frame = await stage.busy("first")
+        workers.append(worker)
         worker.send(_wire.RESULT, frame.number, result_body(None), SHORT)
         await first.future
-        submitted = [pool.submit(_call.Call(jobs.echo, (n,), {})) for n in range(JOBS)]
+        submitted = [stage.submit(number) for number in range(JOBS)]
+        lines = Lines(worker, [await worker.job() for _ in submitted], ran)
         known = pool._workers[worker.number]
-        lines = Lines(worker, pool._marks._numbers, known.slot, ran)
-        lines.received = [await worker.job() for _ in submitted]
 
         lines.advance(before_revoke)
         pool._revoke(known)
@@ -103,19 +102,19 @@ async def play(monkeypatch, before_revoke, before_look, before_drain):
             pool._take_back(known, 0.0)
         other.send(_wire.RESULT, slow_frame.number, result_body(None), SHORT)
         tasks.append(asyncio.ensure_future(serve(other, ran)))  # takes what was taken back
-        for _ in range(10):
-            await asyncio.sleep(0)
+        await idle()
         lines.finish()  # thawed
         tasks.append(asyncio.ensure_future(serve(worker, ran)))
         await asyncio.gather(slow.future, *(job.future for job in submitted))
-        return ran, pool.deaths + pool.count("dying")
+        return ran, pool.counts.deaths + pool.count("dying")
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         pool.kill()
-        for actor in (*workers, server):
-            actor.stop() if actor is server else actor.close()
+        for actor in workers:
+            actor.close()
+        stage.server.stop()
 
 
 async def test_a_worker_stopped_at_any_line(monkeypatch):
@@ -142,6 +141,8 @@ def test_the_order_of_the_two_lines():
 
     marks = _worker.Marks(memoryview(bytearray(_worker.Marks.SLOT)))
     marks._numbers = Numbers([0, 7])
-    assert not marks.begin(0, 7)
     assert marks.begin(0, 8)
-    assert touched == [("write", 0), ("read", 1)] * 2
+    assert touched == [("write", 0), ("read", 1)]
+    touched.clear()
+    assert not marks.begin(0, 7)
+    assert touched == [("write", 0), ("read", 1), ("write", 0)]

@@ -27,8 +27,10 @@ class Peer:
             except BlockingIOError:
                 readable = asyncio.Event()
                 loop.add_reader(self.sock.fileno(), readable.set)
-                await readable.wait()
-                loop.remove_reader(self.sock.fileno())
+                try:
+                    await readable.wait()
+                finally:
+                    loop.remove_reader(self.sock.fileno())
                 continue
             except ConnectionResetError:
                 nbytes = 0

@@ -15,7 +15,6 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from asynclam import Executor, _forkserver
 from tests import jobs
@@ -80,7 +79,8 @@ class Frozen:
         await asyncio.gather(*map(self.again_and_again, kinds))
         deaths = self.executor.statistics().worker_deaths
         await self.executor.aclose()
-        noted = Counter(map(int, Path(self.path).read_text().split()))
+        with open(self.path) as file:
+            noted = Counter(map(int, file.read().split()))
         self.expect(noted, Counter(range(self.noted)))  # nothing lost, nothing run twice
         self.expect(deaths, 0)
         self.expect(self.executor.statistics().jobs_running, 0)
