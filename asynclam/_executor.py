@@ -518,6 +518,22 @@ class Executor:
         else:
             _kill_in_loop(pool)
 
+    def replace_workers(self) -> None:
+        """Has each worker end as soon as it has no job; new ones take their places when jobs come.
+
+        For what a worker has from its start: random state (that of ``random`` and of NumPy's
+        functions is new in each worker), environment, working directory, ``sys.path``. Call it when
+        this machine has been restored from a snapshot, which has given each of its copies workers
+        with the same random numbers to come. No job is harmed. It may be called from any thread, and
+        while no loop runs.
+        """
+        here = asyncio._get_running_loop()
+        for pool in self._pools:
+            if pool.loop is here or pool.loop.is_closed():
+                pool.replace_workers()
+            else:
+                pool.loop.call_soon_threadsafe(pool.replace_workers)
+
     def kill(self) -> None:
         """Ends all workers at once; their jobs fail with ExecutorClosedError. Waits for nothing."""
         self._closed = "killed"

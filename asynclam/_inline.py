@@ -93,6 +93,9 @@ class InlinePool:
     def kill(self) -> None:
         """Nothing is left to kill."""
 
+    def replace_workers(self) -> None:
+        """There are no workers."""
+
     def count(self, state: str) -> int:  # noqa: ARG002
         """There are no workers."""
         return 0

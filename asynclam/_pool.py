@@ -455,14 +455,20 @@ class Pool:
                 self._advance_close()
 
     def _retire(self, worker: _Worker) -> None:
-        """Ends a worker without a job, which has run as many, or taken as much memory, as it may."""
+        """Ends a worker without a job, which is to have no other."""
         if worker.last >= 0:
             self.counts.spent += 1
-        else:
-            self.counts.grown += 1
         worker.state = _DYING
         worker.channel.close()
         self._dispatch()
+
+    def replace_workers(self) -> None:
+        """Ends each worker that there is as soon as it has no job; others are started for the next."""
+        for worker in list(self._workers.values()):
+            worker.last = -1
+            if worker.state is _IDLE:
+                self._idle.remove(worker)
+                self._retire(worker)
 
     # --- pipelining ------------------------------------------------------------------------------
 
@@ -800,6 +806,7 @@ class Pool:
     def _open(self, worker: _Worker, frame: _wire.Frame) -> bool:
         """Puts the payload in the place of its record; false if the worker is not to be believed."""
         if frame.flags & _wire.GROWN:
+            self.counts.grown += worker.last >= 0
             worker.last = -1  # it is sent no more, and retires when it has no job
             if len(worker.jobs) > 1:
                 self._revoke(worker)

@@ -146,3 +146,38 @@ def test_the_order_of_the_two_lines():
     touched.clear()
     assert not marks.begin(0, 7)
     assert touched == [("write", 0), ("read", 1), ("write", 0)]
+
+
+async def test_replaced_while_it_starts(stage):
+    """A worker that was asked for before, and is ready after, has no job: it is one of the old."""
+    job = stage.submit("value")
+    old = await stage.server.worker()
+    stage.pool.replace_workers()
+    old.ready()
+    assert await old.frame() is None
+    new = await stage.ready_worker()
+    new.reply(await new.job(), "done")
+    assert await job.future == "done"
+    stage.server.exited(old, 0)
+
+
+async def test_replaced_with_several_jobs(stage):
+    """What is in its channel a worker still does; then its channel is closed."""
+    slow, one, frame_one = await stage.busy("slow")
+    first, two, frame_two = await stage.busy("first")
+    two.send(_wire.RESULT, frame_two.number, result_body(None), SHORT)
+    await first.future
+    short = [stage.submit(number) for number in range(JOBS)]
+    frames = [await two.job() for _ in short]
+    stage.pool.replace_workers()
+    waiting = stage.submit("waits")
+    for frame in frames:
+        two.send(_wire.RESULT, frame.number, result_body("done"), SHORT)
+    assert [await job.future for job in short] == ["done"] * JOBS
+    assert await two.frame() is None
+    stage.server.exited(two, 0)
+    three = await stage.ready_worker()
+    three.reply(await three.job(), "new")
+    assert await waiting.future == "new"
+    one.reply(frame_one, "slow")
+    assert await slow.future == "slow"
