@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextvars import Context, ContextVar, copy_context
@@ -551,8 +552,10 @@ class Executor:
             if self._entered:
                 message = f"{self!r} was dropped without being closed"
                 warnings.warn(message, ResourceWarning, source=self, stacklevel=1)
-            for pool in self._pools:
-                _kill_in_loop(pool)
+            # At the interpreter's end, what a kill needs may be gone; the fork servers are, too.
+            if not sys.is_finalizing():
+                for pool in self._pools:
+                    _kill_in_loop(pool)
 
 
 class _View(Executor):

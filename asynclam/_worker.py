@@ -251,11 +251,13 @@ class Worker:
         frame.body, frame.private = opened
 
 
-_is_forked = False  # whether this process was forked from a worker by what it ran
+_is_forked = False  # in a worker: whether this process was forked from a worker by what it ran
 
 
 def note_forks() -> None:
     """From here on, a process that is forked from this one is told apart from it."""
+    global _is_forked
+    _is_forked = False  # set where this is the worker of an executor in a worker
     os.register_at_fork(after_in_child=_set_forked)
 
 

@@ -16,7 +16,6 @@ import sys
 from asynclam import Executor, SharedBuffer, _forkserver
 from tests import jobs
 
-
 _programs: list[subprocess.Popen[bytes]] = []
 
 

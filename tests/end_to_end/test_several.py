@@ -1,0 +1,119 @@
+"""Several of everything: loops, threads, executors, in turn and at once, and executors in workers."""
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asynclam
+from asynclam import Executor, _call, run_cpu
+from tests import jobs
+from tests.parts.everything import WAYS
+from tests.parts.gate import pass_through
+from tests.parts.processes import ended
+
+ROOT = Path(asynclam.__file__).parent.parent
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_program(way):
+    """Each says nothing but that it is done, in development mode, with warnings as errors."""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.parts.everything", way],
+        capture_output=True, text=True, timeout=100, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+
+
+def test_pytest_asyncio(tmp_path):
+    """With a loop for each test, the default executor serves all of them, with the same workers."""
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "from asynclam import run_cpu\n"
+        "from tests import jobs\n"
+        "pids = set()\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        "async def test_it(number):\n"
+        "    pids.add(await run_cpu(jobs.pid))\n"
+        "    assert len(pids) == 1\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider",
+         "-o", "asyncio_mode=auto",
+         "-o", "asyncio_default_fixture_loop_scope=function", "--rootdir", tmp_path, tmp_path],
+        capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "4 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
+
+
+async def test_executors_are_strangers(gate):
+    """One that is killed, and workers that die, harm no job of another one on the same loop."""
+    async with Executor(1) as kept:
+        running = asyncio.ensure_future(kept.run_cpu(pass_through, gate.path, "unharmed"))
+        await gate.entered()
+        other = Executor(1)
+        task = asyncio.ensure_future(other.run_cpu(jobs.spin, 1000))
+        await asyncio.sleep(0)
+        other.kill()
+        with pytest.raises(asynclam.ExecutorClosedError):
+            await task
+        async with Executor(1) as third:
+            with pytest.raises(asynclam.WorkerDiedError):
+                await third.run_cpu(jobs.hard_exit, 1)
+        gate.open()
+        assert await running == "unharmed"
+
+
+def use_here(path):
+    """In a worker: an executor of its own, whose worker enters the gate."""
+    return asyncio.run(run_cpu(pass_through, path, os.getpid()))
+
+
+async def test_an_executor_in_a_worker(gate):
+    """A job may have workers of its own; they are those of the worker's own fork server."""
+    async with Executor(1) as executor:
+        task = asyncio.ensure_future(executor.run_cpu(use_here, gate.path))
+        inner = await gate.entered()
+        gate.open()
+        outer = await task
+        assert len({inner, outer, os.getpid()}) == 3
+
+
+async def test_the_workers_of_a_worker_end_with_it(gate):
+    """A worker that is killed leaves no fork server of its own, nor the workers of that."""
+    async with Executor(1) as executor:
+        task = asyncio.ensure_future(executor.run_cpu(use_here, gate.path))
+        inner = await gate.entered()
+        server = parent_of(inner)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await ended(inner)
+        await ended(server)
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_loop_that_is_closed_with_a_job_running(gate):
+    """Its worker lives until the executor has another loop, or is dropped."""
+
+    async def submit(executor):
+        executor._pool_here().submit(_call.Call(pass_through, (gate.path,), {}))
+        return await gate.entered()
+
+    executor = Executor(1)
+    loop = asyncio.new_event_loop()
+    pid = loop.run_until_complete(submit(executor))
+    loop.close()
+    assert Path(f"/proc/{pid}").exists()
+    del executor
+    gc.collect()
+    asyncio.run(ended(pid))
