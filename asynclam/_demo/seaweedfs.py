@@ -22,12 +22,16 @@ from importlib import metadata
 from pathlib import Path
 
 _PARTS = ("s3", "master", "volume", "filer", "admin")
+_TLS = "s3 with a certificate"
 _GRPC_OFFSET = 10_000  # each part listens on its port plus this, too
 _PORTS = range(12_000, 22_000)  # offset included, below those that outgoing connections are given
 _READY_TIMEOUT = 30.0  # seconds; it takes about one
 _PACE = 0.02  # seconds between two tries to connect
 _TRIES = 5  # a port that was free can be taken before the server binds it
 _LOG_TAIL = 4_000  # characters
+
+
+Certificate = tuple[str, str]
 
 
 class ServerStartError(RuntimeError):
@@ -44,6 +48,7 @@ class Server:
         secret_key: the secret of that key.
         region: what clients sign with; the server takes any.
         pid: its process id.
+        tls_endpoint_url: where it answers with its certificate, if it was given one.
     """
 
     endpoint_url: str
@@ -51,6 +56,7 @@ class Server:
     secret_key: str = field(repr=False)
     region: str
     pid: int
+    tls_endpoint_url: str = ""
 
     def environment(self) -> dict[str, str]:
         """The environment variables by which an AWS SDK finds it, as the Lambda service sets them."""
@@ -63,24 +69,27 @@ class Server:
 
 
 @contextmanager
-def seaweedfs() -> Generator[Server]:
+def seaweedfs(certificate: Certificate | None = None) -> Generator[Server]:
     """Runs an S3 server for as long as the block lasts; nothing of it is left afterwards.
+
+    Args:
+        certificate: the files of a certificate (with its chain) for 127.0.0.1 and of its key.
 
     Raises:
         ServerStartError: it is not installed, it ended, or it did not answer in time.
     """
     with tempfile.TemporaryDirectory(prefix="asynclam-seaweedfs-") as directory:
-        process = _start(Path(directory))
+        process = _start(Path(directory), certificate)
         try:
             yield process.server()
         finally:
             process.stop()
 
 
-def _start(directory: Path) -> _Process:
+def _start(directory: Path, certificate: Certificate | None) -> _Process:
     log = ""
     for attempt in range(_TRIES):
-        process = _Process(directory / str(attempt))
+        process = _Process(directory / str(attempt), certificate)
         try:
             if process.answers_within(_READY_TIMEOUT):
                 return process
@@ -100,9 +109,10 @@ def _start(directory: Path) -> _Process:
 class _Process:
     """One try to start the server, on ports that were free a moment ago."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, certificate: Certificate | None) -> None:
         directory.mkdir()
         self._directory = directory
+        self._certificate = certificate
         self._ports = _free_ports()
         self._access_key, self._secret_key = secrets.token_hex(10), secrets.token_hex(20)
         with self._log_path.open("wb") as log:
@@ -126,7 +136,8 @@ class _Process:
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             f"-dir={self._directory}",
-            *(f"-{part}.port={port}" for part, port in self._ports.items()),
+            *(f"-{part}.port={self._ports[part]}" for part in _PARTS),
+            *self._tls_arguments(),
             f"-s3.localSocket={self._directory / 's3.sock'}",
             f"-filer.localSocket={self._directory / 'filer.sock'}",
             "-s3.autoCreateBucket=false",  # a bucket that is missing is an error, as on AWS
@@ -136,6 +147,13 @@ class _Process:
             "-webdav=false",
             "-admin.ui=false",
         ]
+
+    def _tls_arguments(self) -> list[str]:
+        if self._certificate is None:
+            return []
+        chain, key = self._certificate
+        port = self._ports[_TLS]
+        return [f"-s3.port.https={port}", f"-s3.cert.file={chain}", f"-s3.key.file={key}"]
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -153,6 +171,9 @@ class _Process:
             secret_key=self._secret_key,
             region="us-east-1",
             pid=self._popen.pid,
+            tls_endpoint_url=(
+                f"https://127.0.0.1:{self._ports[_TLS]}" if self._certificate is not None else ""
+            ),
         )
 
     def answers_within(self, timeout: float) -> bool:
@@ -177,7 +198,8 @@ class _Process:
         if not self.has_ended():
             os.killpg(self._popen.pid, signal.SIGKILL)
             self._popen.wait()
-        for part, port in self._ports.items():
+        for part in _PARTS:
+            port = self._ports[part]
             socket_path = Path(f"/tmp/seaweedfs-{part}-grpc-{port + _GRPC_OFFSET}.sock")  # noqa: S108
             socket_path.unlink(missing_ok=True)
 
@@ -196,7 +218,7 @@ def _answers(port: int) -> bool:
 def _free_ports() -> dict[str, int]:
     shuffled = random.SystemRandom().sample(_PORTS, len(_PORTS))
     free = (port for port in shuffled if _is_free(port))
-    return dict(zip(_PARTS, free, strict=False))
+    return dict(zip((*_PARTS, _TLS), free, strict=False))
 
 
 def _is_free(port: int) -> bool:

@@ -3,23 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pytest
 import pytest_asyncio
+import trustme
+from botocore.retries import standard
 
 from asynclam import s3
 from asynclam._demo.seaweedfs import Server, seaweedfs
+from asynclam.s3 import _download
+from tests.parts.s3_proxy import Rule, S3Proxy
 
 BUCKET = "tests"
 
 
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority that exists for the session, and its certificate for 127.0.0.1."""
+
+    ca_file: str
+    chain_file: str
+    key_file: str
+
+    def server_context(self) -> ssl.SSLContext:
+        """For a server that answers with the certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.chain_file, self.key_file)
+        return context
+
+
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[Server]:
-    """SeaweedFS with one bucket, for the whole session."""
-    with seaweedfs() as server:
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Made by trustme; no client knows it that is not told."""
+    directory = tmp_path_factory.mktemp("certificates")
+    ca = trustme.CA()
+    certificate = ca.issue_cert("127.0.0.1")
+    files = [directory / name for name in ("ca.pem", "chain.pem", "key.pem")]
+    ca.cert_pem.write_to_path(str(files[0]))
+    certificate.cert_chain_pems[0].write_to_path(str(files[1]))
+    certificate.private_key_pem.write_to_path(str(files[2]))
+    return Authority(*map(str, files))
+
+
+@pytest.fixture(scope="session")
+def s3_server(authority: Authority) -> Iterator[Server]:
+    """SeaweedFS with one bucket, for the whole session, with and without TLS."""
+    with seaweedfs((authority.chain_file, authority.key_file)) as server:
         asyncio.run(_create_bucket(server))
         yield server
 
@@ -37,6 +71,39 @@ def _client_of(server: Server, **settings: Any) -> AbstractAsyncContextManager[A
         "region_name": server.region,
     }
     return s3.client(**{**defaults, **settings})
+
+
+class Behind(Protocol):
+    """A client behind a proxy whose rule says what it spoils."""
+
+    def __call__(
+        self, rule: Rule | None = None, *, tls: bool = False, **settings: Any
+    ) -> AbstractAsyncContextManager[tuple[S3Proxy, Any]]: ...
+
+
+@pytest.fixture
+def behind(s3_server: Server, s3_client_with: MakeClient, authority: Authority) -> Behind:
+    """The proxy, and a client of the server behind it."""
+
+    @asynccontextmanager
+    async def connect(rule: Rule | None = None, *, tls: bool = False, **settings: Any):
+        context = authority.server_context() if tls else None
+        async with S3Proxy(s3_server.endpoint_url, context) as proxy:
+            if rule is not None:
+                proxy.rule = rule
+            if tls:
+                settings["verify"] = authority.ca_file
+            async with s3_client_with(endpoint_url=proxy.endpoint_url, **settings) as client:
+                yield proxy, client
+
+    return connect
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither botocore nor asynclam waits before it tries again."""
+    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0)
+    monkeypatch.setattr(_download, "_PAUSE", 0)
 
 
 class MakeClient(Protocol):

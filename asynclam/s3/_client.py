@@ -1,0 +1,68 @@
+"""Clients of aiobotocore with settings for many requests at once, made quickly and kept."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import AbstractAsyncContextManager
+from importlib import import_module
+from typing import Any, TypeAlias
+
+Client: TypeAlias = Any  # aiobotocore makes the classes of its clients and bodies as it runs
+
+_CONNECT_TIMEOUT = 5  # seconds; the 60 of botocore outlast most Lambda functions
+_READ_TIMEOUT = 30  # seconds without a byte
+
+
+def client(*, max_concurrency: int = 32, **kwargs: Any) -> AbstractAsyncContextManager[Client]:
+    """An S3 client for many requests at once: use it with ``async with``, best in a ``lifespan``.
+
+    It retries in the standard mode, gives up on a connection after 5 seconds and on a silent server
+    after 30. Making it blocks the loop for tens of milliseconds: make one, and keep it. It renews
+    credentials that expire, and replaces connections that have died while a sandbox was frozen.
+
+    Args:
+        max_concurrency: connections that it may have open, so requests that really run at once.
+        **kwargs: what aiobotocore's ``create_client`` takes, such as ``endpoint_url`` or
+            ``region_name``; the settings in ``config`` win over those made here.
+
+    Raises:
+        ImportError: aiobotocore is not installed.
+    """
+    config_class, session = _aiobotocore()
+    config = config_class(**_settings(config_class, max_concurrency))
+    if (users := kwargs.pop("config", None)) is not None:
+        config = config.merge(users)
+    context: AbstractAsyncContextManager[Client] = session.create_client(
+        "s3", config=config, **kwargs
+    )
+    return context
+
+
+def _aiobotocore() -> tuple[Any, Any]:
+    """The configuration class, and a session: its credentials have locks, which belong to a loop."""
+    try:
+        config, session = (import_module(f"aiobotocore.{name}") for name in ("config", "session"))
+    except ModuleNotFoundError as error:
+        raise ImportError('asynclam.s3 needs aiobotocore: pip install "asynclam[s3]"') from error
+    new = session.get_session()
+    new.register_component("data_loader", _loader())
+    return config.AioConfig, new
+
+
+@functools.cache
+def _loader() -> Any:
+    """What all sessions share: the service descriptions that were loaded, some 60 ms of JSON."""
+    return import_module("aiobotocore.session").get_session().get_component("data_loader")
+
+
+def _settings(config_class: Any, max_concurrency: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "max_pool_connections": max_concurrency,
+        "retries": {"mode": "standard"},
+        "connect_timeout": _CONNECT_TIMEOUT,
+        "read_timeout": _READ_TIMEOUT,
+    }
+    if "warm_up_loader_caches" in inspect.signature(config_class).parameters:
+        settings["warm_up_loader_caches"] = True  # in a thread, so the loop is blocked for less
+    return settings

@@ -1,0 +1,263 @@
+"""Downloads: from the socket into shared memory, in parallel where that is worth it.
+
+Theory of operation. The first request is for all that is wanted: one round trip for a small object,
+and its answer says how long it is, which version (ETag) and which checksum. Memory is taken then.
+What is large is divided into ranges, which a few streams take one after the other; the first stream
+begins with the body that is already there, and drops it after the first range. Every further
+request carries ``If-Match``, so bytes of two versions never mix.
+
+A range that breaks off is asked for again from where it broke off, as often as the client is
+configured to try. Nothing else is: what S3 refuses is refused, and a wrong checksum is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from itertools import count
+
+from .._memory import SharedBuffer, mapped, share_first, write_at
+from ._checksums import Expected, Verification, expected_of
+from ._client import Client
+from ._places import as_broken, located
+from ._source import Body, Extent, Source, extent_of, reader_of
+from ._together import together
+
+_ONE_STREAM = 32 << 20  # bytes; up to here one stream is as fast
+_RANGE = 8 << 20  # bytes, of which a stream takes one after the other
+_STREAMS = 4  # at once, for one object
+_PAUSE = 0.1  # seconds, at most, before the first try again; doubled for each further one
+
+Progress = Callable[[int], object]
+Write = Callable[[int, bytes], None]
+
+
+async def download(
+    client: Client,
+    bucket: str,
+    key: str,
+    *,
+    byte_range: tuple[int, int | None] | None = None,
+    into: SharedBuffer | None = None,
+    progress: Progress | None = None,
+) -> SharedBuffer:
+    """The object, or a range of it, in memory that a worker sees without a copy.
+
+    Its length is always the one that S3 gave. The checksum of a whole object is verified, also that
+    of one uploaded in parts: CRC32 and SHA always, CRC32C and CRC64NVME where awscrt is installed (a
+    RuntimeWarning says so where it is not). S3 has none for a range. An object above 32 MiB is read
+    in parallel; if it is replaced meanwhile, that is an error. What breaks off is read on from there.
+
+    Args:
+        client: an S3 client of aiobotocore.
+        bucket: the name of the bucket.
+        key: the name of the object.
+        byte_range: the first byte and the one behind the last, as in a slice: ``(100, 200)``,
+            ``(100, None)``, and ``(-100, None)`` for the last 100. Ends at the object's end.
+        into: memory to use again, which is three times as fast as fresh memory; at least as long as
+            what is downloaded. What is returned shares it, and either may be closed first.
+        progress: called on the loop with the number of bytes that have come since the last call.
+
+    Returns:
+        a buffer as long as the object or the range, the caller's to close or to drop.
+
+    Raises:
+        ValueError: ``byte_range`` is empty, or ``into`` is too short.
+        botocore.exceptions.ClientError: S3 refused, as with ``NoSuchKey``, ``InvalidRange``, or
+            ``PreconditionFailed`` when the object was replaced while it was read.
+        botocore.exceptions.BotoCoreError: the connection failed, again and again
+            (``ResponseStreamingError``, ``ReadTimeoutError``), or the checksum does not match
+            (``FlexibleChecksumError``).
+
+    Cancelling it closes its connections and frees the memory.
+    """
+    return await fetch(
+        client,
+        bucket,
+        key,
+        wanted=_header_of(byte_range),
+        memory_for=partial(_memory_for, into),
+        progress=progress,
+    )
+
+
+async def fetch(
+    client: Client,
+    bucket: str,
+    key: str,
+    *,
+    wanted: str | None = None,
+    memory_for: Callable[[int], Awaitable[SharedBuffer]],
+    progress: Progress | None,
+) -> SharedBuffer:
+    """The same, into memory that is asked for when its length is known."""
+    with located(bucket, key):
+        source = Source(client, bucket, key)
+        response = await source.open(wanted)
+        async with response["Body"] as body:
+            extent = extent_of(response)
+            buffer = await memory_for(extent.nbytes)
+            try:
+                expected = None
+                if extent.whole:
+                    expected = expected_of(response["ResponseMetadata"]["HTTPHeaders"])
+                transfer = _Transfer(source, extent, _writer(buffer), progress)
+                await _verified(transfer, body, expected, buffer)
+            except BaseException:
+                buffer.close()
+                raise
+            return buffer
+
+
+def _header_of(byte_range: tuple[int, int | None] | None) -> str | None:
+    if byte_range is None:
+        return None
+    start, stop = byte_range
+    if start < 0 and stop is None:
+        return f"bytes={start}"
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(
+            f"byte_range is (start, stop) with 0 <= start < stop, or (start, None), or "
+            f"(-length, None) for the end; got {byte_range}"
+        )
+    return f"bytes={start}-{'' if stop is None else stop - 1}"
+
+
+async def _memory_for(into: SharedBuffer | None, nbytes: int) -> SharedBuffer:
+    if into is None:
+        return SharedBuffer(nbytes)
+    if into.nbytes < nbytes:
+        raise ValueError(
+            f"into has {into.nbytes:,} bytes, and {nbytes:,} are to be downloaded; nothing was written"
+        )
+    return share_first(into, nbytes)
+
+
+def _writer(buffer: SharedBuffer) -> Write:
+    if (view := mapped(buffer)) is None:
+        return partial(write_at, buffer)
+
+    def write(position: int, data: bytes) -> None:
+        view[position : position + len(data)] = data
+
+    return write
+
+
+async def _verified(
+    transfer: _Transfer, body: Body, expected: Expected | None, buffer: SharedBuffer
+) -> None:
+    if expected is None:
+        await transfer.run(body)
+        return
+    source = transfer.source
+    ends: list[int] = []
+    certain = True
+    if expected.parts:
+        ends, certain = await source.likely_part_ends(expected.parts, buffer.nbytes)
+    async with Verification(expected, buffer, ends) as verification:
+        transfer.reached = verification.reached
+        await transfer.run(body)
+        mismatch = await verification.mismatch()
+    if mismatch and not certain:
+        ends = await source.part_ends(expected.parts, buffer.nbytes)
+        async with Verification(expected, buffer, ends) as verification:
+            mismatch = await verification.mismatch()
+    if mismatch:
+        raise mismatch
+
+
+class _Transfer:
+    """The bytes of one download: which are there, and who reads the others.
+
+    Attributes:
+        reached: called with the number of bytes from the beginning that are there.
+    """
+
+    def __init__(
+        self, source: Source, extent: Extent, write: Write, progress: Progress | None
+    ) -> None:
+        nbytes = extent.nbytes
+        self.source = source
+        self.reached: Callable[[int], object] = _nobody
+        self._progress: Progress = progress or _nobody
+        self._write = write
+        self._start = extent.start
+        length = nbytes if nbytes <= _ONE_STREAM else _RANGE
+        self._marks = list(range(0, nbytes, length or 1)) or [0]  # how far each range has come
+        self._ends = [*self._marks[1:], nbytes]
+        self._complete = 0  # ranges from the beginning that are
+        self._waiting = deque(range(len(self._ends)))
+
+    async def run(self, body: Body) -> None:
+        """Reads all, beginning with a body that has it all."""
+        if len(self._ends) == 1:
+            await self._read(0, body)
+        else:
+            await together(
+                self._stream(None if number else body)
+                for number in range(min(_STREAMS, len(self._ends)))
+            )
+
+    async def _stream(self, body: Body | None) -> None:
+        while self._waiting:
+            await self._read(self._waiting.popleft(), body)
+            body = None
+
+    async def _read(self, number: int, body: Body | None) -> None:
+        """One range, from the beginning of a body that may have more, or by its own requests."""
+        exact = body is None or len(self._ends) == 1
+        for attempt in count(1):
+            if body is None:
+                start, stop = self._marks[number], self._ends[number]
+                body = await self.source.read(self._start + start, self._start + stop)
+            try:
+                async with body:
+                    await self._receive(number, reader_of(body), exact=exact)
+            except Exception as error:
+                broken = as_broken(error, self.source.url)
+                if broken is None or attempt >= self.source.tries:
+                    raise (broken or error) from error
+            else:
+                return
+            body, exact = None, True
+            await asyncio.sleep(random.uniform(0, _PAUSE * 2**attempt))  # noqa: S311
+
+    async def _receive(
+        self, number: int, read: Callable[[], Awaitable[bytes]], *, exact: bool
+    ) -> None:
+        position, end = self._marks[number], self._ends[number]
+        while position < end:
+            chunk = await read()
+            if not chunk:
+                raise _wrong_length(position, end)
+            if exact and len(chunk) > end - position:
+                raise _wrong_length(position + len(chunk), end)
+            chunk = chunk[: end - position]
+            self._write(position, chunk)
+            position += len(chunk)
+            self._mark(number, position)
+            self._progress(len(chunk))
+        if exact and (chunk := await read()):  # which also gives the connection back
+            raise _wrong_length(end + len(chunk), end)
+
+    def _mark(self, number: int, position: int) -> None:
+        marks, ends = self._marks, self._ends
+        marks[number] = position
+        if number == self._complete:
+            while self._complete < len(ends) - 1 and marks[self._complete] == ends[self._complete]:
+                self._complete += 1
+            self.reached(marks[self._complete])
+
+
+def _nobody(_: int) -> None:
+    """Who does not want to know."""
+
+
+def _wrong_length(actual: int, expected: int) -> Exception:
+    from botocore.exceptions import IncompleteReadError
+
+    error: Exception = IncompleteReadError(actual_bytes=actual, expected_bytes=expected)
+    return error
