@@ -259,6 +259,7 @@ class _Engine:
                 break
             source.read += 1
             self._collected.append(item)  # there meanwhile may be another list
+            del item  # the next one may wait for the memory of this one
             if not self._flush_is_due or perf_counter() > end:
                 break
         self._lengths.shortened_by(self._collected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable
 from typing import Any
 
 
@@ -24,15 +24,15 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancels tasks and waits until they have ended, however often that is cancelled itself."""
-    running = {task for task in tasks if not task.done()}
-    for task in running:
+    every = set(tasks)
+    for task in every:
         task.cancel()
-    await ended(running)
+    await ended(every)
 
 
-async def ended(tasks: Iterable[asyncio.Future[Any]]) -> None:
+async def ended(tasks: Collection[asyncio.Future[Any]]) -> None:
     """Waits until all are done, whatever came of them; only then is a cancel of the wait raised."""
-    waiting = set(tasks)
+    waiting = {task for task in tasks if not task.done()}
     cancel: asyncio.CancelledError | None = None
     while waiting:
         try:

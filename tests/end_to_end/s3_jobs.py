@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 
 from asynclam import SharedBuffer
+from tests.parts.gate import pass_through
 
 
 def digest(buffer: SharedBuffer) -> str:
@@ -24,3 +27,45 @@ def fill(nbytes: int) -> SharedBuffer:
     buffer = SharedBuffer(nbytes)
     buffer.view[:] = (bytes(range(256)) * (nbytes // 256 + 1))[:nbytes]
     return buffer
+
+
+def hold(gate: str) -> Callable[[tuple[str, SharedBuffer]], int]:
+    """A job that has a buffer's memory until the gate lets it go."""
+    return functools.partial(_hold, gate)
+
+
+def _hold(gate: str, item: tuple[str, SharedBuffer]) -> int:
+    buffer = item[1]
+    length = len(buffer.view)
+    pass_through(gate)
+    return length
+
+
+def same(buffer: SharedBuffer) -> SharedBuffer:
+    """It goes back."""
+    return buffer
+
+
+_kept: list[SharedBuffer] = []
+
+
+def keep(item: tuple[str, SharedBuffer]) -> int:
+    """Keeps it in the worker."""
+    _kept.append(item[1])
+    return item[1].nbytes
+
+
+def forget() -> int:
+    """How many were kept, and are no more."""
+    count = len(_kept)
+    _kept.clear()
+    return count
+
+
+class Thing:
+    """Something that a weak reference can watch."""
+
+
+def type_name(thing: object) -> str:
+    """What it is."""
+    return type(thing).__name__

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -30,6 +30,7 @@ class Spoilt:
         flip: the bits of the byte at this place of the body.
         hold: stops after so many bytes of the body, until the client gives up.
         meanwhile: awaited after the first bytes of the body.
+        before: awaited before the request is passed on.
         lost: S3 gets the request, and the client no answer.
     """
 
@@ -39,7 +40,8 @@ class Spoilt:
     cut: int = -1
     flip: int = -1
     hold: int = -1
-    meanwhile: Callable[[], object] | None = None
+    meanwhile: Callable[[], Awaitable[object]] | None = None
+    before: Callable[[], Awaitable[object]] | None = None
     lost: bool = False
 
 
@@ -115,6 +117,8 @@ class S3Proxy:
         body = await request.content.read()
         if headers.pop("Transfer-Encoding", None):  # what came in chunks goes on as a whole
             headers["Content-Length"] = str(len(body))
+        if spoilt.before:
+            await spoilt.before()
         if spoilt.status:
             text = f"<Error><Code>{spoilt.code}</Code><Message>spoilt</Message></Error>"
             return web.Response(status=spoilt.status, text=text, content_type="application/xml")
