@@ -15,7 +15,7 @@ _SHARE = 4  # a quarter of the memory; the other three are for what is made of t
 
 
 def default_budget() -> int:
-    """A quarter of the function's memory on Lambda, and of the machine's elsewhere; in bytes."""
+    """A quarter of what this process may use, in bytes; on Lambda, of the memory of the function."""
     return memory() // _SHARE
 
 
