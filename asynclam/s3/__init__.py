@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._download import download
     from ._listing import ObjectSummary, list_objects
     from ._many import download_many
+    from ._processing import process_many
     from ._upload import upload
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "download": "_download",
     "download_many": "_many",
     "list_objects": "_listing",
+    "process_many": "_processing",
     "upload": "_upload",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "download",
     "download_many",
     "list_objects",
+    "process_many",
     "upload",
 ]
 

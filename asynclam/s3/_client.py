@@ -56,6 +56,16 @@ def _loader() -> Any:
     return import_module("aiobotocore.session").get_session().get_component("data_loader")
 
 
+def preload() -> None:
+    """What makes a first client slow, before the processes are forked that make one each."""
+    try:
+        loader = _loader()
+    except ModuleNotFoundError:
+        return  # who makes a client is told
+    for kind in ("service-2", "endpoint-rule-set-1"):
+        loader.load_service_model("s3", kind, api_version=None)
+
+
 def _settings(config_class: Any, max_concurrency: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "max_pool_connections": max_concurrency,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from datetime import datetime
 from typing import NamedTuple
 
@@ -24,6 +24,23 @@ class ObjectSummary(NamedTuple):
     size: int
     etag: str
     last_modified: datetime
+
+
+Keys = Iterable[str | ObjectSummary] | AsyncIterable[str | ObjectSummary]
+
+
+async def names_of(keys: Keys) -> AsyncGenerator[str]:
+    """The names alone; closes what they come from."""
+    if not isinstance(keys, AsyncIterable):
+        for item in keys:
+            yield item if isinstance(item, str) else item.key
+        return
+    try:
+        async for item in keys:
+            yield item if isinstance(item, str) else item.key
+    finally:
+        if (close := getattr(keys, "aclose", None)) is not None:
+            await close()
 
 
 async def list_objects(

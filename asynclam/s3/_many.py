@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -13,9 +14,7 @@ from .._streams import Stream, at_least_one
 from ._budget import Budget, default_budget
 from ._client import Client
 from ._download import Progress, fetch
-from ._listing import ObjectSummary
-
-Keys = Iterable[str | ObjectSummary] | AsyncIterable[str | ObjectSummary]
+from ._listing import Keys, names_of
 
 
 @overload
@@ -116,15 +115,10 @@ class _Downloads:
 
     async def keys(self) -> AsyncGenerator[str]:
         try:
-            if isinstance(self._keys, AsyncIterable):
-                async for item in self._keys:
-                    yield item if isinstance(item, str) else item.key
-            else:
-                for item in self._keys:
-                    yield item if isinstance(item, str) else item.key
+            async with aclosing(names_of(self._keys)) as names:
+                async for name in names:
+                    yield name
         finally:
-            if (close := getattr(self._keys, "aclose", None)) is not None:
-                await close()
             self._source_ended = True
             self._close_if_done()
 

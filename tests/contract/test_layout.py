@@ -86,7 +86,13 @@ ARROWS = {
     "s3._many": {
         "_chunks", "_memory", "_streams", "s3._budget", "s3._client", "s3._download", "s3._listing",
     },
-    "s3": {"s3._client", "s3._download", "s3._listing", "s3._many", "s3._upload"},
+    "s3._remote": {"_memory", "s3._client", "s3._download", "s3._together"},
+    "s3._processing": {
+        "_chunks", "_default", "_executor", "_memory", "_streams", "s3._listing", "s3._remote",
+    },
+    "s3": {
+        "s3._client", "s3._download", "s3._listing", "s3._many", "s3._processing", "s3._upload",
+    },
     "doctor": {"_environment", "_sizing"},
     "_cli": {"_box", "_demo", "doctor"},
     "__main__": {"_cli"},

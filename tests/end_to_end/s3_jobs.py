@@ -69,3 +69,15 @@ class Thing:
 def type_name(thing: object) -> str:
     """What it is."""
     return type(thing).__name__
+
+
+def count_sites() -> int:
+    """How many clients this worker keeps."""
+    from asynclam.s3 import _remote
+
+    return len(_remote._sites)
+
+
+def fails(item: tuple[str, SharedBuffer]) -> None:
+    """Raises what names the object."""
+    raise ValueError(item[0])

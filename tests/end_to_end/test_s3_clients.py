@@ -1,0 +1,137 @@
+"""Clients that are kept: connections that die in a freeze, credentials that expire, TLS once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+
+from asynclam import s3
+from tests.parts.s3_objects import KIB, content, is_get
+
+if TYPE_CHECKING:
+    from asynclam._demo.seaweedfs import Server
+    from tests.end_to_end.conftest import Authority, Behind, MakeClient
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_connections_that_died_in_a_freeze_are_replaced(
+    behind: Behind, bucket: str, tls: bool
+) -> None:
+    """The loop has had no turn to notice, as after a thaw; nobody sees an error, or waits."""
+    keys = [f"thaw/{number}" for number in range(8)]
+    async with behind(tls=tls) as (proxy, client):
+        for key in keys:
+            await s3.upload(client, bucket, key, content(KIB))
+        for download in await asyncio.gather(*(s3.download(client, bucket, key) for key in keys)):
+            download.close()
+        proxy.requests.clear()
+        proxy.drop_connections()  # and the downloads begin in the same turn of the loop
+        downloads = [s3.download(client, bucket, key) for key in keys]
+        for buffer in await asyncio.gather(*downloads):
+            assert buffer.view == content(KIB)
+        assert sum(map(is_get, proxy.requests)) == len(keys)
+        proxy.drop_connections()
+        await s3.upload(client, bucket, "thaw/0", content(KIB))
+
+
+@asynccontextmanager
+async def credentials_of(
+    server: Server, lifetime: timedelta
+) -> AsyncIterator[tuple[str, list[str]]]:
+    """An endpoint for the credentials of a container; where it is, and what was asked of it."""
+    asked: list[str] = []
+
+    async def give(request: web.BaseRequest) -> web.Response:
+        asked.append(request.path)
+        expiration = datetime.now(timezone.utc) + lifetime
+        return web.Response(
+            text=json.dumps(
+                {
+                    "AccessKeyId": server.access_key,
+                    "SecretAccessKey": server.secret_key,
+                    "Token": "",
+                    "Expiration": expiration.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                }
+            ),
+            content_type="application/json",
+        )
+
+    runner = web.ServerRunner(web.Server(give, access_log=None), shutdown_timeout=0.0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}/credentials", asked
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "renewed"), [(timedelta(minutes=1), True), (timedelta(hours=6), False)]
+)
+async def test_credentials_are_renewed(
+    s3_server: Server,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    lifetime: timedelta,
+    renewed: bool,
+) -> None:
+    """A kept client asks again when they are about to expire, and not before."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    async with credentials_of(s3_server, lifetime) as (url, asked):
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", url)
+        async with s3.client(
+            endpoint_url=s3_server.endpoint_url, region_name=s3_server.region
+        ) as client:
+            await s3.upload(client, bucket, "renewed", b"renewed")
+            (await s3.download(client, bucket, "renewed")).close()
+        assert (len(asked) > 1) is renewed
+
+
+async def test_certificates_are_loaded_once(
+    s3_client_with: MakeClient,
+    s3_server: Server,
+    authority: Authority,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many connections there are: it takes tens of milliseconds with those of the system."""
+    loaded: list[Any] = []
+    load = ssl.SSLContext.load_verify_locations
+
+    def spy(context: ssl.SSLContext, *args: Any, **kwargs: Any) -> None:
+        loaded.append(args)
+        load(context, *args, **kwargs)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", spy)
+    async with s3_client_with(
+        endpoint_url=s3_server.tls_endpoint_url, verify=authority.ca_file
+    ) as client:
+        await s3.upload(client, bucket, "secure", content(KIB))
+        for buffer in await asyncio.gather(
+            *(s3.download(client, bucket, "secure") for _ in range(8))
+        ):
+            assert buffer.view == content(KIB)
+    assert len(loaded) == 1
+
+
+async def test_an_unknown_certificate_is_refused(
+    s3_client_with: MakeClient, s3_server: Server, bucket: str, no_pauses: None
+) -> None:
+    """Certificates are verified, unless somebody says otherwise."""
+    from botocore.exceptions import SSLError
+
+    async with s3_client_with(endpoint_url=s3_server.tls_endpoint_url) as client:
+        with pytest.raises(SSLError, match=f"s3://{bucket}/secure"):
+            await s3.download(client, bucket, "secure")
