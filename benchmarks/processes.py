@@ -33,10 +33,11 @@ def marked() -> Iterator[int]:
 
 def cpu_seconds(*others: int) -> float:
     """CPU time that the block's processes and ``others`` have used, threads and the kernel included."""
-    return sum(map(_cpu_seconds, {*marked(), *others}))
+    return sum(map(cpu_seconds_of, {*marked(), *others}))
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds_of(pid: int) -> float:
+    """That of one process."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / _TICKS  # with children that it has waited for
 

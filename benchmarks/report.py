@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import machine
+from . import machine, s3_peers
 from .catalogue import ROWS
-from .contestants import ALL
+from .contestants import ALL, Contestant
 from .figures import Results, show
 
 Document = Mapping[str, Any]
+_Columns = Sequence[tuple[int, str, str, str]]
+_Kinds = Sequence[type[Contestant] | type[s3_peers.Peer]]
 
 _COLUMNS = (  # of the table of contestants: row, figure, variant, heading
     (1, "round trip", "as placed", "no-op round trip"),
@@ -19,6 +21,12 @@ _COLUMNS = (  # of the table of contestants: row, figure, variant, heading
     (4, "transfer", "", "64 MiB NumPy argument"),
     (5, "transfer", "", "64 MiB NumPy echo"),
     (7, "echo", "bytes", "longest stall of the loop, 256 MiB each way"),
+)
+_S3_COLUMNS = (
+    (40, "seconds", "", "512 MiB over TLS into a worker"),
+    (40, "PSS added", "", "peak memory added ÷ its size"),
+    (40, "longest gap", "", "longest stall of the loop meanwhile"),
+    (41, "seconds", "", "1,000 × 64 KiB, fetched and parsed"),
 )
 
 
@@ -47,7 +55,7 @@ def document(results: Mapping[int, Results], date: str, *, quick: bool) -> Docum
 
 def tables(found: Document) -> str:
     """Markdown: the goals, the contestants, and who could not run."""
-    parts = [_heading(found), _goals(found), _contestants(found), _notes(found), _not_run(found)]
+    parts = [_heading(found), _goals(found), *_comparisons(found), _notes(found), _not_run(found)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -58,7 +66,7 @@ def in_readme(readme: str, found: Document) -> str:
     """The README with what was measured in its place."""
     before, _, rest = readme.partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    parts = [_BEGIN, _heading(found), _summary(found), _contestants(found), _END]
+    parts = [_BEGIN, _heading(found), _summary(found), *_comparisons(found), _END]
     return before + "\n\n".join(parts) + after
 
 
@@ -119,8 +127,14 @@ def _measured(figure: Mapping[str, Any] | None, unit: str) -> str:
     return median if figure["blocks"] == 1 else f"{median} ({low} to {high})"
 
 
-def _contestants(found: Document) -> str:
-    columns = [column for column in _COLUMNS if any(_of(found, column))]
+def _comparisons(found: Document) -> Iterator[str]:
+    for columns, kinds in ((_COLUMNS, ALL), (_S3_COLUMNS, s3_peers.ALL)):
+        if table := _contestants(found, columns, kinds):
+            yield table
+
+
+def _contestants(found: Document, wanted: _Columns, kinds: _Kinds) -> str:
+    columns = [column for column in wanted if any(_of(found, column))]
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for column in columns:
         for figure in _of(found, column):
@@ -128,10 +142,10 @@ def _contestants(found: Document) -> str:
             row[column[-1]] = _measured(figure, figure["unit"])
     if not cells:
         return ""
-    order = [kind.name for kind in ALL]
+    order = [kind.name for kind in kinds]
     headings = [column[-1] for column in columns]
     rows = [
-        (name, _version(found, name), loop, *(cells[name, loop].get(h, "") for h in headings))
+        (name, _version(found, name, kinds), loop, *(cells[name, loop].get(h, "") for h in headings))
         for name, loop in sorted(cells, key=lambda key: (order.index(key[0]), key[1]))
     ]
     return _markdown(("", "version", "loop", *headings), rows)
@@ -144,8 +158,8 @@ def _of(found: Document, column: tuple[int, str, str, str]) -> Iterator[Mapping[
             yield figure
 
 
-def _version(found: Document, name: str) -> str:
-    package = next(kind.package for kind in ALL if kind.name == name)
+def _version(found: Document, name: str, kinds: _Kinds) -> str:
+    package = next(kind.package for kind in kinds if kind.name == name)
     return found["versions"].get(package) or ""
 
 

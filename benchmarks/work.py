@@ -89,7 +89,7 @@ SPEED_UP = Row(
 
 _BUCKET = "benchmark"
 _CONCURRENT = 8  # GETs at a time
-_NO_SETTINGS = {  # of the user's own
+NO_SETTINGS = {  # of the user's own
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "no_proxy": "127.0.0.1",
@@ -105,7 +105,7 @@ async def pipeline(task: Task) -> Samples:
         raise NotPossibleError(f"S3 needs the extras s3 and demo: {error}") from error
     try:
         with seaweedfs() as server:
-            os.environ.update(server.environment(), **_NO_SETTINGS)
+            os.environ.update(server.environment(), **NO_SETTINGS)
             async with s3.client() as client:
                 return await _measure_pipeline(task, client, server.pid)
     except ServerStartError as error:

@@ -51,8 +51,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_there_is_a_row_for_every_goal() -> None:
-    """Fifteen rows of the executor, numbered as the goals are; HTTP requests, and invocations."""
-    assert list(ROWS) == [*range(1, 16), 30, 31]
+    """Rows of the executor, numbered as its goals are; HTTP requests, invocations, and S3."""
+    assert list(ROWS) == [*range(1, 16), 30, 31, *range(40, 44)]
 
 
 def test_every_goal_of_a_row_has_a_figure_and_a_verdict(finished: SimpleNamespace) -> None:
