@@ -9,7 +9,12 @@ ROWS: dict[int, Row] = {
     row.number: row
     for row in sorted(
         (
-            *small.ROWS, *large.ROWS, *start.ROWS, *work.ROWS, *web.ROWS, *invocation.ROWS,
+            *small.ROWS,
+            *large.ROWS,
+            *start.ROWS,
+            *work.ROWS,
+            *web.ROWS,
+            *invocation.ROWS,
             *s3.ROWS,
         ),
         key=lambda row: row.number,

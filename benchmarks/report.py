@@ -26,7 +26,7 @@ _S3_COLUMNS = (
     (40, "seconds", "", "512 MiB over TLS into a worker"),
     (40, "PSS added", "", "peak memory added ÷ its size"),
     (40, "longest gap", "", "longest stall of the loop meanwhile"),
-    (41, "seconds", "", "1,000 × 64 KiB, fetched and parsed"),
+    (41, "seconds", "", "1,000 objects of 64 KiB, fetched and parsed"),
 )
 
 
@@ -145,7 +145,12 @@ def _contestants(found: Document, wanted: _Columns, kinds: _Kinds) -> str:
     order = [kind.name for kind in kinds]
     headings = [column[-1] for column in columns]
     rows = [
-        (name, _version(found, name, kinds), loop, *(cells[name, loop].get(h, "") for h in headings))
+        (
+            name,
+            _version(found, name, kinds),
+            loop,
+            *(cells[name, loop].get(h, "") for h in headings),
+        )
         for name, loop in sorted(cells, key=lambda key: (order.index(key[0]), key[1]))
     ]
     return _markdown(("", "version", "loop", *headings), rows)

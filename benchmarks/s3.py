@@ -212,7 +212,7 @@ def _small_lines(results: Results) -> Iterator[Line]:
         seconds = ("seconds", place)
         for theirs, least in ((_AIOBOTOCORE, 1.6), (_BOTO3, 2)):
             ratio = results.ratio(("seconds", Place(theirs, CHART_LOOP)), seconds)
-            what = f"1,000 × 64 KiB fetched and parsed: {theirs} ÷ process_many"
+            what = f"1,000 objects of 64 KiB fetched and parsed: {theirs} ÷ process_many"
             yield Line(41, what, loop, "", ratio).at_least(least)
         own = results.figure("seconds ÷ all CPU ÷ cores", place)
         what = "process_many ÷ its own CPU seconds ÷ cores, the server's included"
@@ -227,7 +227,7 @@ def _small_lines(results: Results) -> Iterator[Line]:
 
 SMALL = Row(
     41,
-    "1,000 × 64 KiB from S3, fetched and parsed",
+    "1,000 objects of 64 KiB from S3, fetched and parsed",
     small_objects,
     (*(ours(loop, variant) for variant in ("", _PIPELINE) for loop in LOOPS), *_PEERS),
     _SMALL_UNITS,

@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -151,8 +152,7 @@ class Obstore(Peer):
     async def start(self) -> None:
         from obstore.store import S3Store
 
-        with open(os.environ["AWS_CA_BUNDLE"], "rb") as file:
-            certificate = file.read()
+        certificate = Path(os.environ["AWS_CA_BUNDLE"]).read_bytes()
         self._store = S3Store(
             self.bucket,
             endpoint=os.environ["AWS_ENDPOINT_URL_S3"],

@@ -85,9 +85,21 @@ def test_sqs_batch():
     assert late == ["message-0", "message-1", "message-2"]
 
 
+async def test_s3_progress(s3_server, s3_client, bucket):
+    """Bars of rich and of tqdm go along with downloads."""
+    for number in range(3):
+        await s3.upload(s3_client, bucket, f"progress/{number}", b"one two three")
+    printed = run("s3_progress.py", bucket, "progress/", **s3_server.environment())
+    assert "9 words" in printed
+    assert "13 bytes" in printed or "tqdm is not installed" in printed
+
+
 def test_every_example_is_tested():
     """No example goes without a test."""
-    tested = {"asgi", "hello", "s3_to_s3", "gather", "pipeline", "sqs_batch"}
+    tested = {
+        "asgi", "hello", "s3_to_s3", "gather", "pipeline", "sqs_batch",
+        "s3_progress", "s3_formats",  # this one in a module of its own
+    }  # fmt: skip
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
