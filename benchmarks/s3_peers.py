@@ -152,7 +152,7 @@ class Obstore(Peer):
     async def start(self) -> None:
         from obstore.store import S3Store
 
-        certificate = Path(os.environ["AWS_CA_BUNDLE"]).read_bytes()
+        certificate = Path(os.environ["AWS_CA_BUNDLE"]).read_bytes()  # noqa: ASYNC240 - once
         self._store = S3Store(
             self.bucket,
             endpoint=os.environ["AWS_ENDPOINT_URL_S3"],
