@@ -334,7 +334,8 @@ async def test_what_jobs_leave_behind(tmp_path):
         with pytest.raises(WorkerDiedError):
             await executor.run_cpu(bad.hard_exit, 1)
         directory, environment, stdout = await executor.run_cpu(bad.state)
-        assert (directory, environment) == (os.getcwd(), dict(os.environ))
+        assert directory == os.getcwd()
+        assert environment.items() >= os.environ.items(), "and what limits numeric libraries"
         assert stdout is not None
 
 

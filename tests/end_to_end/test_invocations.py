@@ -36,7 +36,6 @@ from asynclam.testing import LambdaContext
 from tests import jobs, logging_jobs
 from tests.parts.gate import pass_through
 
-
 aws_xray_sdk.core.xray_recorder.emitter._socket.close()  # which it opens when it is imported
 
 
