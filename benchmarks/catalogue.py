@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import invocation, large, s3, small, start, web, work
+from . import invocation, large, lives, s3, small, start, web, work
 from .rows import Row
 
 ROWS: dict[int, Row] = {
@@ -16,6 +16,7 @@ ROWS: dict[int, Row] = {
             *web.ROWS,
             *invocation.ROWS,
             *s3.ROWS,
+            *lives.ROWS,
         ),
         key=lambda row: row.number,
     )

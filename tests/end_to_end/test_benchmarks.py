@@ -15,7 +15,7 @@ import pytest
 from benchmarks.catalogue import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CHOSEN = [5, 6, 10, 15]  # cheap, and there is something to compare with in every installation
+CHOSEN = [5, 6, 10, 15, 40, 42]  # cheap, and there is something to compare with in every installation
 PATIENCE = 100.0  # seconds, after which something hangs
 
 pytestmark = pytest.mark.outside
@@ -51,8 +51,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_there_is_a_row_for_every_goal() -> None:
-    """Rows of the executor, numbered as its goals are; HTTP requests, invocations, and S3."""
-    assert list(ROWS) == [*range(1, 16), 30, 31, *range(40, 44)]
+    """Rows of the executor, numbered as its goals are; HTTP requests, invocations, S3; lives and ends."""
+    assert list(ROWS) == [*range(1, 16), 30, 31, *range(40, 44), 50, 51, 52]
 
 
 def test_every_goal_of_a_row_has_a_figure_and_a_verdict(finished: SimpleNamespace) -> None:
