@@ -1,5 +1,6 @@
 """Frozen and thawed, all together or some of them, at any point: nothing is lost, nothing run twice."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -8,10 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
 import asynclam
+from asynclam import Executor, _pool
+from tests import jobs
 
 ROOT = Path(asynclam.__file__).parent.parent
 FREEZES = 25
@@ -128,3 +132,26 @@ def test_freeze(freeze, tmp_path):
             process.kill()
     assert outcome["wrong"] == []
     assert outcome["rounds"] > FREEZES
+
+
+async def test_a_clock_that_jumps(monkeypatch):
+    """Days that pass between two lines make nobody impatient with a job."""
+    loop, days = asyncio.get_running_loop(), 0
+
+    def jumping(clock):
+        return lambda: clock() + days * 86_400
+
+    monkeypatch.setattr(_pool, "perf_counter", jumping(perf_counter))
+    if isinstance(loop, asyncio.BaseEventLoop):  # the clock of uvloop is its own
+        monkeypatch.setattr(loop, "time", jumping(loop.time))
+    async with Executor(2) as executor:
+        for _ in range(10):
+            tasks = [asyncio.ensure_future(executor.run_cpu(jobs.echo, n)) for n in range(100)]
+            tasks.append(asyncio.ensure_future(executor.run_cpu(jobs.echo, bytes(3 << 20))))
+            for _ in range(5):
+                await asyncio.sleep(0)
+                days += 1
+            *numbers, large = await asyncio.gather(*tasks)
+            assert (numbers, len(large)) == (list(range(100)), 3 << 20)
+        assert executor.statistics().worker_deaths == 0
+        assert executor.statistics().jobs_completed == 10 * 101

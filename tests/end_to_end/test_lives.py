@@ -1,5 +1,6 @@
 """No orphans: however a program ends, so do its fork server, its workers, and what these spawned."""
 
+import asyncio
 import contextlib
 import os
 import pty
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import asynclam
+from asynclam import Executor, _forkserver
+from tests.parts.gate import pass_through
+from tests.parts.processes import ended
 
 ROOT = Path(asynclam.__file__).parent.parent
 PATIENCE = 30_000  # ms for what takes some 10, on a machine that is busy with something else
@@ -164,6 +168,61 @@ def test_a_sibling_lives_on_and_the_fork_server_is_dead(start, kind):
     doomed = start("fork", kind)
     doomed.kill("server", "loop")
     assert doomed.survivors("sibling") == ["sibling"]
+
+
+def test_a_sibling_where_pidfds_are_forbidden(start):
+    """The fork server looks for its parent when it wakes, here for a worker that has died."""
+    doomed = start("fork", "C", DOOMED_WITHOUT="pidfd")
+    doomed.kill("loop")
+    doomed.kill("worker")
+    assert doomed.survivors("sibling") == ["sibling"]
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "os._exit", "exit"])
+def test_where_signals_at_end_of_file_are_forbidden(start, end):
+    """The fork server, which nobody has killed, ends everybody."""
+    doomed = start("fork", DOOMED_WITHOUT="F_SETSIG")
+    ENDS[end](doomed)
+    assert not doomed.survivors()
+
+
+@pytest.mark.parametrize("bound", [True, False])
+async def test_cancelled_when_the_fork_server_is_dead(monkeypatch, gate, bound):
+    """The worker of a cancelled job ends, by its life pipe or where that is forbidden by a signal."""
+    if not bound:
+        monkeypatch.delattr("fcntl.F_SETSIG")
+    executor = Executor(1, start_method="fork")
+    task = asyncio.ensure_future(executor.run_cpu(hold, gate.path))
+    worker = await gate.entered()
+    os.kill(_forkserver.ensure("fork").pid, signal.SIGKILL)
+    while executor._pool._control is not None:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await ended(worker)
+    await executor.aclose()
+
+
+async def test_cancelled_while_the_fork_server_is_stopped(gate):
+    """The worker of a cancelled job ends at once, not when the fork server goes on."""
+    async with Executor(1, start_method="fork") as executor:
+        task = asyncio.ensure_future(executor.run_cpu(hold, gate.path))
+        worker = await gate.entered()
+        server = _forkserver.ensure("fork").pid
+        os.kill(server, signal.SIGSTOP)
+        try:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await ended(worker)
+        finally:
+            os.kill(server, signal.SIGCONT)
+        assert await executor.run_cpu(os.getpid) != worker
+
+
+def hold(path):
+    return pass_through(path)
 
 
 def test_ctrl_c(in_terminal):

@@ -4,7 +4,8 @@
 
 Its workers are in the middle of a C call that does not end, and have spawned a process each; one has
 left its process group. With SIBLING the program forks a process that lives on: ``fork`` or
-``multiprocessing``, as Python does it, or ``C``, behind Python's back.
+``multiprocessing``, as Python does it, or ``C``, behind Python's back. The environment variable DOOMED_WITHOUT names what it is to do without:
+``pidfd``, or ``F_SETSIG``.
 """
 
 from __future__ import annotations
@@ -62,7 +63,17 @@ async def order() -> str:
         loop.remove_reader(0)
 
 
+def do_without(what: str) -> None:
+    if what == "pidfd":
+        del os.pidfd_open
+    elif what == "F_SETSIG":
+        import fcntl
+
+        del fcntl.F_SETSIG
+
+
 async def main(method: str, sibling: str = "") -> None:
+    do_without(os.environ.get("DOOMED_WITHOUT", ""))
     executor = Executor(2, start_method=method)
     tasks = [asyncio.ensure_future(executor.run_cpu(work, role)) for role in ("worker", "leaver")]
     while executor.statistics().workers_busy < 2:
