@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ async def lifespan() -> AsyncGenerator[Any]:
 async def handler(event: Mapping[str, str], context: object) -> dict[str, Any]:  # noqa: ARG001
     """Sums up the flights under ``event["prefix"]``; the report is uploaded as ``event["report"]``."""
     client, bucket = state(), event["bucket"]
-    days = s3.download_many(client, bucket, keys_under(client, bucket, event["prefix"]))
+    days = s3.download_many(client, bucket, s3.list_objects(client, bucket, event["prefix"]))
     total: Summary = {name: {} for name in GROUPS}
     workers: dict[int, int] = {}
     async with map_cpu(summarize, days, ordered=False) as summaries:
@@ -48,14 +48,6 @@ async def handler(event: Mapping[str, str], context: object) -> dict[str, Any]: 
     report = report_of(total)
     await s3.upload(client, bucket, event["report"], json.dumps(report).encode())
     return {**report, "days_by_worker": workers}
-
-
-async def keys_under(client: Any, bucket: str, prefix: str) -> AsyncIterator[str]:
-    """The keys of all objects whose key begins with ``prefix``."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    async for page in pages:
-        for item in page.get("Contents", ()):
-            yield item["Key"]
 
 
 def summarize(day: tuple[str, SharedBuffer]) -> tuple[int, Summary]:

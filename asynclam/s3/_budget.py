@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import os
+import warnings
 from functools import partial
 
 from .._memory import SharedBuffer
 from .._sizing import memory
 from ._counted import CountedBuffer
 
+_LONG = 30  # seconds without anything given back, after which it is said
 _SHARE = 4  # a quarter of the memory; the other three are for what is made of the objects
 
 
@@ -45,6 +47,7 @@ class Budget:
         self._arrivals = 0
         self._readers: dict[int, int] = {}  # what is held, by the end of its pipe
         self._loop = asyncio.get_running_loop()
+        self._complaint: asyncio.TimerHandle | None = None
 
     async def buffer(self, turn: int, nbytes: int) -> SharedBuffer:
         """New memory, as soon as there is room for it."""
@@ -96,16 +99,32 @@ class Budget:
         self._grant()
 
     def _grant(self) -> None:
+        if self._complaint is not None:
+            self._complaint.cancel()
+            self._complaint = None
         while self._waiting:
             rank, nbytes, granted = self._waiting[0]
             if not granted.done():
                 fits = self._limit is None or not self.used or self.used + nbytes <= self._limit
-                if not fits or (self._in_order and rank != self._turn):
+                if not fits:
+                    self._complaint = self._loop.call_later(_LONG, self._complain, nbytes)
+                    return
+                if self._in_order and rank != self._turn:
                     return
                 self.used += nbytes
                 self.peak = max(self.peak, self.used)
                 granted.set_result(None)
             heapq.heappop(self._waiting)
+
+    def _complain(self, nbytes: int) -> None:
+        warnings.warn(
+            f"download_many() has waited {_LONG} s for memory: {self.used:,} bytes of objects are "
+            f"held, the next one has {nbytes:,}, and the budget is {self._limit:,}; close the "
+            "buffers that you are done with (with buffer: ...), also the last one of a loop, or "
+            "give it a larger budget",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 
     def lift(self) -> None:
         """From here on everything fits."""

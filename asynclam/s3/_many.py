@@ -59,9 +59,9 @@ def download_many(
 
     ``map_cpu(parse, download_many(client, bucket, keys))`` parses some while it downloads others.
     An object counts against the budget from before its memory is taken until no process has it any
-    more: drop the buffers, or close them, or the stream waits for ever; nor may ``map_cpu`` be told to
-    wait for more of them (``chunksize``) than the budget holds. Only a list, which keeps all objects
-    (``await download_many(...)``), is made without a budget.
+    more: drop the buffers, or close them, or the stream waits (a RuntimeWarning tells). Nor may
+    ``map_cpu`` be told to wait for more of them (``chunksize``) than the budget holds. Only a list,
+    which keeps all objects (``await download_many(...)``), is made without a budget.
 
     Args:
         client: an S3 client of aiobotocore, made for at least ``limit`` requests at once.

@@ -55,6 +55,12 @@ def segments_of(nbytes: int) -> int:
     return sum("asynclam" in os.readlink(path) and path.stat().st_size == nbytes for path in paths)
 
 
+async def some_turns() -> None:
+    """Lets the loop run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Lets the loop run until it is so."""
 
@@ -307,6 +313,20 @@ async def test_waiting_is_first_come_first_served(
     held = await small
     for buffer in (first, held):
         buffer.close()
+    await until(lambda: not budget.used)
+    budget.close()
+
+
+async def test_waiting_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who keeps a buffer while the next one needs its memory is told, and can still close it."""
+    monkeypatch.setattr(_budget, "_LONG", 0)
+    budget = Budget(100, in_order=False)
+    first = await budget.buffer(0, 70)
+    second = asyncio.ensure_future(budget.buffer(1, 80))
+    with pytest.warns(RuntimeWarning, match=r"70 bytes.*next one has 80.*close the buffers"):
+        await some_turns()
+    first.close()
+    (await second).close()
     await until(lambda: not budget.used)
     budget.close()
 

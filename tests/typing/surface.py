@@ -20,6 +20,7 @@ from asynclam import (
     remaining,
     run_blocking,
     run_cpu,
+    s3,
     set_default_executor,
 )
 from asynclam.testing import LambdaContext, inline_jobs, invoke, sqs_event
@@ -65,6 +66,29 @@ async def streams() -> None:
         assert_type(size, int)
     async with map_io(download, ["key"]) as bodies:
         assert_type(bodies, Stream[bytes])
+
+
+def words(download: tuple[str, SharedBuffer]) -> int:
+    return len(bytes(download[1].view).split())
+
+
+async def storage(keys: list[str]) -> None:
+    async with s3.client(max_concurrency=8, region_name="eu-central-1") as client:
+        buffer = await s3.download(client, "bucket", "key", byte_range=(0, None))
+        assert_type(buffer, SharedBuffer)
+        assert_type(await s3.download(client, "bucket", "key", into=buffer), SharedBuffer)
+        await s3.upload(client, "bucket", "key", b"data", if_none_match="*", ContentType="text/csv")
+        await s3.upload(client, "bucket", "key", map_io(download, keys), progress=print)
+        await s3.upload(client, "bucket", "key", "text")  # pyright: ignore[reportArgumentType]
+        downloads = s3.download_many(client, "bucket", keys, budget=1 << 28)
+        assert_type(downloads, Stream[tuple[str, SharedBuffer]])
+        assert_type(await map_cpu(words, downloads), list[int])
+        async for summary in s3.list_objects(client, "bucket", "prefix/"):
+            assert_type(summary, s3.ObjectSummary)
+            assert_type(summary.size, int)
+        listing = s3.list_objects(client, "bucket")
+        assert_type(s3.process_many("bucket", listing, words), Stream[int])
+    await s3.process_many("bucket", keys, parse)  # pyright: ignore[reportArgumentType]
 
 
 async def executors() -> None:
