@@ -35,16 +35,20 @@ class Invocation:
         request_id: names it in logs; empty where there is none.
         trace_id: the header of X-Ray; ``None`` if it is not traced.
         deadline: when the runtime would kill it, in seconds since the epoch.
-
-    Attributes:
-        carried: itself, as what a job carries.
     """
 
-    __slots__ = ("carried", "deadline", "request_id", "trace_id")
+    __slots__ = ("_carried", "deadline", "request_id", "trace_id")
 
     def __init__(self, request_id: str, trace_id: str | None, deadline: float) -> None:
         self.request_id, self.trace_id, self.deadline = request_id, trace_id, deadline
-        self.carried = _laid_out(self.state, b"", b"")
+        self._carried = b""
+
+    @property
+    def carried(self) -> bytes:
+        """Itself, as what a job carries."""
+        if not self._carried:  # once for all jobs of an invocation, if it has any
+            self._carried = _laid_out(self.state, b"", b"")
+        return self._carried
 
     def left(self) -> float:
         """Seconds until the deadline; negative after it."""
