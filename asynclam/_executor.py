@@ -156,7 +156,6 @@ class Executor:
             return await job.future  # type: ignore[no-any-return]
         except BaseException as error:
             if _is_given_up(job):
-                job.caller = copy_context()  # of what it logs while it ends
                 pool.cancel(job)
             if job.grace is None or not isinstance(error, asyncio.CancelledError):
                 raise
@@ -302,9 +301,9 @@ class Executor:
         if carried:
             call.carry(carried)
         job = pool.submit(call, self._terms)
-        job.caller = caller
         job.future.add_done_callback(
-            partial(_chunk_done, pool, job, weight, partial(lengths.measured, len(chunk)))
+            partial(_chunk_done, pool, job, weight, partial(lengths.measured, len(chunk))),
+            context=caller,
         )
         if not self._terms.cancel_grace:
             return job.future

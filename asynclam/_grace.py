@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ class Grace:
     """The time of one job, which begins when it is known to run.
 
     Attributes:
+        caller: the context of who was cancelled, for what the job logs.
         ended: done once the job is gone.
         is_over: whether nobody wants to wait for it any more.
     """
 
     def __init__(self, loop: AbstractEventLoop) -> None:
+        self.caller = copy_context()
         self.ended: Future[None] = loop.create_future()
         self.is_over = False
         self._loop = loop

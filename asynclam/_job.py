@@ -69,7 +69,6 @@ class Job:
 
     Attributes:
         call: what is called.
-        caller: the context of whoever made it, where that is not found by the future.
         terms: what the caller has said of it.
         future: its outcome.
         made: when it was, by the monotonic clock.
@@ -85,13 +84,12 @@ class Job:
     """
 
     __slots__ = (
-        "call", "caller", "elapsed", "expected", "future", "grace", "losses", "made", "number",
+        "call", "elapsed", "expected", "future", "grace", "losses", "made", "number",
         "order", "terms", "tries", "weight", "worker",
     )  # fmt: skip
 
     def __init__(self, call: Call, future: Future[Any], terms: Terms = USUAL) -> None:
         self.call = call
-        self.caller: Context | None = None
         self.terms = terms
         if terms.cancel_grace:
             call.may_be_interrupted()
@@ -110,10 +108,10 @@ class Job:
     @property
     def context(self) -> Context:
         """The context of its caller."""
-        if self.caller is not None:
-            return self.caller
-        # The task that awaits a future has left its own context there. To copy it for each job, for
-        # the few that log, would cost 72 bytes of each that waits.
+        if self.grace is not None:  # it is cancelled, and nobody awaits its future any more
+            return self.grace.caller
+        # The task that awaits a future has left its own context there, with its callback. To copy it
+        # for each job, for the few that log, would cost 72 bytes of each that waits.
         for _, context in self.future._callbacks or ():
             return context
         return Context()

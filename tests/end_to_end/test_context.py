@@ -558,4 +558,13 @@ async def test_records_of_a_job_that_ends_in_time(caught, gate):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert (caught.messages, caught.requests) == (["cleaning up"], ["cancelled"])
+        request.set("stream")
+        stream = executor.options(cancel_grace=60).map_cpu(logging_jobs.clean_up, [gate.path])
+        request.set("another")
+        task = asyncio.create_task(stream.list())
+        await gate.entered()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert caught.messages == ["cleaning up"] * 2
+    assert caught.requests == ["cancelled", "stream"]
