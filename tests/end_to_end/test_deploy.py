@@ -20,17 +20,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
 import asynclam
 from asynclam import s3
 from tests.parts.emulator import emulator
 
-pytestmark = [pytest.mark.outside, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.outside, pytest.mark.timeout(400)]
 
 EXAMPLES = Path(asynclam.__file__).parent.parent / "examples"
 DEPLOY = EXAMPLES / "deploy"
 RUNTIME = f"python{sys.version_info.major}.{sys.version_info.minor}"
+SECONDS_BETWEEN_TRIES = 0.05
+PATIENCE = 200  # seconds
+SANDBOXES = 3  # at once
 OWN_CODE = 200_000  # bytes of asynclam's own code in the zip
 
 WHERE = """\
@@ -38,6 +42,19 @@ def handler(event, context):
     import asyncio, aiobotocore, asynclam, botocore, uvloop
     modules = asyncio, aiobotocore, asynclam, botocore, uvloop
     return {module.__name__: [module.__file__, module.__cached__] for module in modules}
+"""
+MEET = """\
+import asyncio, os
+from asynclam import lambda_handler, run_cpu
+
+@lambda_handler
+async def handler(event, context):
+    worker = await run_cpu(os.getpid)
+    reader, writer = await asyncio.open_connection("127.0.0.1", event["port"])
+    await reader.read()  # to its end: all are under way
+    writer.close()
+    await writer.wait_closed()
+    return [os.getpid(), worker]
 """
 BARE = """\
 import asyncio, uvloop
@@ -60,7 +77,7 @@ def run(*command, **options):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=PATIENCE,
         **options,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -208,7 +225,7 @@ def ministack(tools, tmp_path):
             start_new_session=True,
         )
     try:
-        yield f"http://127.0.0.1:{port}", tmp_path / "log"
+        yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -217,12 +234,14 @@ def ministack(tools, tmp_path):
 
 async def test_invoked_as_a_real_function(package, ministack):
     """Deployed by the API, invoked concurrently: each sandbox has its own loop and workers."""
-    url, log = ministack
+    url = ministack
     settings = {
         "endpoint_url": url,
         "region_name": "us-east-1",
         "aws_access_key_id": "test",
         "aws_secret_access_key": "test",
+        # An invocation that is sent again would come to a meeting that is over.
+        "config": AioConfig(read_timeout=PATIENCE, retries={"max_attempts": 0}),
     }
     await answers(url)
     session = get_session()
@@ -232,9 +251,12 @@ async def test_invoked_as_a_real_function(package, ministack):
     ):
         await objects.create_bucket(Bucket="bucket")
         await objects.put_object(Bucket="bucket", Key="key", Body=b"one two two")
-        with open(package / "function.zip", "rb") as archive:
-            await objects.put_object(Bucket="bucket", Key="function.zip", Body=archive)
-        for name in ("hello", "s3_to_s3"):
+        shutil.copy(package / "function.zip", package / "more.zip")
+        with zipfile.ZipFile(package / "more.zip", "a") as archive:
+            archive.writestr("meet.py", MEET)
+        with open(package / "more.zip", "rb") as body:
+            await objects.put_object(Bucket="bucket", Key="function.zip", Body=body)
+        for name in ("meet", "s3_to_s3"):
             await functions.create_function(
                 FunctionName=name,
                 Runtime=RUNTIME,
@@ -250,22 +272,39 @@ async def test_invoked_as_a_real_function(package, ministack):
             reply = await functions.invoke(FunctionName=name, Payload=json.dumps(event))
             return json.loads(await reply["Payload"].read())
 
-        for _ in range(2):
-            results = await asyncio.gather(*(invoke("hello", {"n": n}) for n in range(10, 14)))
-            assert results == [{"result": n} for n in (55, 89, 144, 233)]
+        async with meeting(SANDBOXES) as port:
+            meet = [invoke("meet", {"port": port}) for _ in range(SANDBOXES)]
+            sandboxes = await asyncio.gather(*meet)
+        assert len({pid for pids in sandboxes for pid in pids}) == 2 * SANDBOXES, sandboxes
         event = {"bucket": "bucket", "keys": ["key"], "report": "report"}
         assert await invoke("s3_to_s3", event) == {"words": 3, "different": 2}
-    assert log.read_text().count("worker spawned for hello") > 1
+
+
+@contextlib.asynccontextmanager
+async def meeting(guests):
+    """A server that lets its clients go when as many are there; its port."""
+    waiting = []
+
+    async def welcome(_, writer):
+        waiting.append(writer)
+        if len(waiting) == guests:
+            for guest in waiting:
+                guest.close()
+                await guest.wait_closed()
+
+    server = await asyncio.start_server(welcome, "127.0.0.1")
+    async with server:
+        yield server.sockets[0].getsockname()[1]
 
 
 async def answers(url):
-    """Waits until the server does."""
+    """Waits until the server does: it tells nobody when it is there."""
     host, _, port = url.removeprefix("http://").partition(":")
     while True:
         try:
             _, writer = await asyncio.open_connection(host, int(port))
         except OSError:
-            await asyncio.sleep(0)
+            await asyncio.sleep(SECONDS_BETWEEN_TRIES)
         else:
             writer.close()
             await writer.wait_closed()
