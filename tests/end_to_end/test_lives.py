@@ -102,7 +102,8 @@ def in_terminal():
     if not pid:
         try:
             os.chdir(ROOT)
-            os.execv(sys.executable, command("fork"))
+            colourless = {**os.environ, "PYTHON_COLORS": "0"}
+            os.execve(sys.executable, command("fork"), colourless)
         finally:
             os._exit(3)
     with contextlib.ExitStack() as stack:
