@@ -178,9 +178,11 @@ async def test_a_job_that_took_long_once_has_a_worker_for_itself(stage):
 
 async def test_what_waits_behind_a_stuck_job_goes_elsewhere(stage, monkeypatch):
     """A short job that runs long is noticed: those behind it are given to the worker that is free."""
-    monkeypatch.setattr(_pool, "_OVERDUE", 0.001)
     slow, one, frame_one, two, jobs, frames = await pipelined(stage)
     assert two.begin(frames[0].number)
+    monkeypatch.setattr(_pool, "_OVERDUE", 0.001)  # not before it has begun, however slow this is
+    stage.pool._watch.cancel()
+    stage.pool._look_for_overdue()
     one.reply(frame_one, "slow")
     await slow.future
     while jobs[1].worker.number != one.number:

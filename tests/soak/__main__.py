@@ -54,9 +54,9 @@ def main() -> int:
         if monotonic() > end:
             break
         rounds.append(_run(settings, way, is_boxed=is_boxed and _can_box()))
-        print(report.line(rounds[-1]), flush=True)
+        print("\n".join([report.line(rounds[-1]), *rounds[-1].wrong]), flush=True)
     wrong = [text for done in rounds for text in done.wrong]
-    print("\n".join(wrong) or "nothing is wrong")
+    print(f"{len(wrong)} things are wrong" if wrong else "nothing is wrong")
     if options.report:
         Path(options.report).write_text(report.page(rounds, options.jobs, seed))
         print(f"written: {options.report}")
