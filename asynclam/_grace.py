@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FIRST = 0.001  # seconds until the job is told again; doubled each time
 _LONGEST = 0.05
+_nothing = bool  # called, it does nothing
 
 
 class Grace:
@@ -77,10 +78,6 @@ class Grace:
             self._timer = None
         if not self.ended.done() and not self._loop.is_closed():
             self.ended.set_result(None)
-
-
-def _nothing() -> bool:
-    return False
 
 
 def shield() -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 
 import pytest
 
@@ -257,6 +258,13 @@ async def test_a_close_of_the_pool(stage):
     assert await worker.frame() is None
     stage.server.exited(worker, 0)
     await closing
+
+
+def test_a_shield_without_anyio(monkeypatch):
+    """A program that has not loaded anyio has no scope to be shielded from, and need not load it."""
+    monkeypatch.delitem(sys.modules, "anyio")
+    with _grace.shield():
+        assert "anyio" not in sys.modules
 
 
 def test_its_loop_is_closed():
