@@ -226,6 +226,7 @@ def hold(path):
     return pass_through(path)
 
 
+@pytest.mark.outside  # a box has no terminals
 def test_ctrl_c(in_terminal):
     """Ctrl-C interrupts the program, not its workers, and everybody ends with it."""
     in_terminal.tell(b"\x03")
@@ -234,6 +235,7 @@ def test_ctrl_c(in_terminal):
     assert said.count("\nKeyboardInterrupt") == 1, said
 
 
+@pytest.mark.outside  # a box has no terminals
 def test_the_terminal_is_closed(in_terminal):
     """The end of the terminal ends the program, and everybody with it."""
     in_terminal.hang_up()
