@@ -149,9 +149,9 @@ def fuzz(_only: str | None, arguments: Sequence[str]) -> int:
 def coverage(_only: str | None, arguments: Sequence[str]) -> int:
     """Runs the suite under coverage.py, in all processes, and says what no test has run."""
     command = [_PYTHON, "-m", "coverage"]
-    run([*command, "erase"])
-    status = run([*command, "run", "-m", "pytest", *arguments])
-    return status or run_all(
+    return run_all(
+        [*command, "erase"],
+        [*command, "run", "-m", "pytest", "-m", "not alone", *arguments],
         [*command, "combine", "--quiet"],
         [*command, "html", "--quiet"],
         [*command, "report"],

@@ -132,6 +132,7 @@ def test_arrows_point_down(path):
         assert all(order.index(below) < order.index(room) for below in allowed - {"_box", "_demo"})
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("room", BELOW_ASYNCIO)
 def test_no_asyncio_below_the_line(room):
     """What a worker imports loads neither asyncio nor anyio."""
@@ -139,6 +140,7 @@ def test_no_asyncio_below_the_line(room):
     assert not {"asyncio", "anyio", "multiprocessing", "concurrent.futures"} & loaded
 
 
+@pytest.mark.alone
 def test_the_door_is_lazy():
     """``import asynclam`` loads none of its rooms, and nothing heavy."""
     loaded = run("import asynclam, sys; print(*sys.modules)")
@@ -146,6 +148,7 @@ def test_the_door_is_lazy():
     assert not {"asyncio", "typing", "socket", "pickle"} & loaded
 
 
+@pytest.mark.alone
 def test_a_job_does_not_load_anyio():
     """``run_cpu`` alone loads no anyio, cloudpickle or multiprocessing, and little of the rest."""
     loaded = run(

@@ -10,6 +10,8 @@ import pytest
 from asynclam import Executor, SharedBuffer, _memory
 from tests import jobs
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 WAY = os.environ.get("ASYNCLAM_SEGMENTS", "")
 _CALLS = ("send", "sendall", "sendmsg", "recv", "recv_into", "recvmsg", "recvmsg_into")
