@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.parts.stage import Stage
 @pytest.fixture
 async def stage(monkeypatch):
     stage = Stage()
+    monkeypatch.setattr(os, "killpg", _killpg)
     monkeypatch.setattr(_pool, "_OVERDUE", 3600)  # nothing is, unless the test says so
     monkeypatch.setattr(_forkserver, "ensure", lambda method: stage.server)
     monkeypatch.setattr(_forkserver, "discard", lambda server: stage.servers.append(FakeServer()))
@@ -26,6 +28,11 @@ async def stage(monkeypatch):
         worker.close()
     for server in stage.servers:
         server.stop()
+
+
+def _killpg(pid, number):
+    # The pids of workers that a test plays may be those of processes that it knows nothing of.
+    raise ProcessLookupError(pid)
 
 
 def _recording(opened):
