@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from asynclam import _default, _forkserver, _memory
+from asynclam import _default, _descriptors, _forkserver, _memory
 from tests.parts.gate import Gate
 
 # libuv makes the pipe for its signals with its first loop, and keeps it.
@@ -44,8 +44,9 @@ def nothing_left_behind() -> Iterator[None]:
     """No descriptor, no process and no unhandled exception of a loop outlives its test."""
     _unhandled.clear()
     gc.freeze()  # so that the collection below looks at what this test has made, not at all modules
-    descriptors = _descriptors()
+    descriptors = _open_files()
     children = _children()
+    marked = set(_descriptors._private)
     yield
     if _default._executor is not None:
         _default._executor.kill()
@@ -56,12 +57,15 @@ def nothing_left_behind() -> Iterator[None]:
         pass
     _memory.drop_in_place()  # as before any pool has had a large payload
     assert not _unhandled
+    assert _descriptors._private <= marked, (
+        "a mark outlives its descriptor: it hits the next of that number"
+    )
     assert _children() == children
-    left = {fd: file for fd, file in _descriptors().items() if descriptors.get(fd) != file}
+    left = {fd: file for fd, file in _open_files().items() if descriptors.get(fd) != file}
     assert not left
 
 
-def _descriptors() -> dict[int, str]:
+def _open_files() -> dict[int, str]:
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:

@@ -76,9 +76,9 @@ def page(rounds: list[Round], jobs: int, seed: int) -> str:
     lines = [
         "# The soak report",
         "",
-        f"Written by {how}, which runs it again: the same jobs, the same disturbances after as many",
-        "outcomes; when exactly they strike is the machine's affair. What is run, and how it is",
-        "checked, is in `tests/soak`.",
+        f"Written by {how},",
+        "which runs it again: the same jobs, the same disturbances after as many outcomes; when exactly",
+        "they strike is the machine's affair. What is run, and how it is checked, is in `tests/soak`.",
         "",
         f"{ran:,} jobs in {len(rounds)} rounds, {sum(disturbances.values()):,} disturbances,",
         f"{seconds:,.0f} seconds; {machine}.",
