@@ -469,6 +469,22 @@ def write_at(buffer: SharedBuffer, position: int, data: Buffer) -> None:
             written += os.pwrite(buffer._descriptor, view[written:], position + written)
 
 
+def read_at(buffer: SharedBuffer, position: int, into: memoryview) -> None:
+    """Fills ``into`` with a buffer's bytes, without a mapping.
+
+    Raises:
+        ValueError: the buffer is closed.
+        EOFError: it has not so many.
+    """
+    buffer._require_open()
+    read = 0
+    while read < len(into):
+        more = os.preadv(buffer._descriptor, [into[read:]], position + read)
+        if not more:
+            raise EOFError(f"the buffer ends before byte {position + len(into):,}")
+        read += more
+
+
 def share_first(buffer: SharedBuffer, nbytes: int) -> SharedBuffer:
     """A buffer of the first ``nbytes`` of another's memory. Either may be closed first.
 

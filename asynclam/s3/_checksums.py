@@ -24,15 +24,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from .._memory import SharedBuffer, mapped, read_at
+
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from .._memory import SharedBuffer
 
 _HEADER = "x-amz-checksum-"
 _HASHES = {"sha1": hashlib.sha1, "sha256": hashlib.sha256, "sha512": hashlib.sha512}
 _AWSCRT = ("crc32c", "crc64nvme")
 _INLINE = 512 * 1024  # bytes; SHA-256 of these takes 0.3 ms, a thread to start 0.1
+_SCRATCH = 1 << 20  # bytes that are read at a time
 _PIECE = 4 << 20  # bytes that are worth a hand-over to the thread, 2 ms of SHA-256
 
 
@@ -174,8 +175,8 @@ class Verification:
     def __init__(self, expected: Expected, buffer: SharedBuffer, part_ends: Sequence[int]) -> None:
         assert expected.new is not None
         self._expected = expected
-        # A view of its own, released: the traceback of an error would keep the memory otherwise.
-        self._view = memoryview(buffer.view)
+        self._buffer = buffer
+        self._end = buffer.nbytes
         self._digest = _Composite(expected.new, part_ends) if part_ends else expected.new()
         self._reached = self._hashed = 0
         self._job: asyncio.Future[None] | None = None
@@ -202,8 +203,17 @@ class Verification:
         self._job.add_done_callback(self._done)
 
     def _hash(self, begin: int, end: int) -> None:
-        with self._view[begin:end] as piece:
+        if (view := mapped(self._buffer)) is not None:
+            with view[begin:end] as piece:
+                self._digest.update(piece)
+            return
+        # To map it would take faults, and count the memory for this process, which has no need of it.
+        scratch = memoryview(bytearray(min(_SCRATCH, end - begin)))
+        while begin < end:
+            piece = scratch[: end - begin]
+            read_at(self._buffer, begin, piece)
             self._digest.update(piece)
+            begin += len(piece)
 
     def _done(self, job: asyncio.Future[None]) -> None:
         if self._job is job:
@@ -213,7 +223,7 @@ class Verification:
 
     async def mismatch(self) -> Exception | None:
         """All is there: botocore's ``FlexibleChecksumError`` if it has another checksum."""
-        self._reached = len(self._view)
+        self._reached = self._end
         while self._job is not None or self._reached - self._hashed > _INLINE:
             if self._job is None:
                 self._start()
@@ -243,6 +253,5 @@ class Verification:
 
                 await ended([self._job])
         finally:
-            self._view.release()
             if self._thread is not None:
                 self._thread.shutdown(wait=False)

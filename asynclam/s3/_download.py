@@ -57,8 +57,9 @@ async def download(
         key: the name of the object.
         byte_range: the first byte and the one behind the last, as in a slice: ``(100, 200)``,
             ``(100, None)``, and ``(-100, None)`` for the last 100. Ends at the object's end.
-        into: memory to use again, which is three times as fast as fresh memory; at least as long as
-            what is downloaded. What is returned shares it, and either may be closed first.
+        into: memory to use again: to fill fresh memory takes five times as long. At least as long
+            as what is downloaded; what is returned shares it, and either may be closed first. After
+            an error its content is undefined.
         progress: called on the loop with the number of bytes that have come since the last call.
 
     Returns:
