@@ -1,4 +1,4 @@
-"""A real S3 server for the session, and clients of it."""
+"""A real S3 server for each module, and clients of it."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(*map(str, files))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3_server(authority: Authority) -> Iterator[Server]:
-    """SeaweedFS with one bucket, for the whole session, with and without TLS."""
+    """SeaweedFS with one bucket, with and without TLS. For a module: a box has little room in /tmp."""
     with seaweedfs((authority.chain_file, authority.key_file)) as server:
         asyncio.run(_create_bucket(server))
         yield server
@@ -107,7 +107,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class MakeClient(Protocol):
-    """Makes a client of the session's server, with other settings than the usual ones."""
+    """Makes a client of the server, with other settings than the usual ones."""
 
     def __call__(self, **settings: Any) -> AbstractAsyncContextManager[Any]: ...
 
