@@ -862,12 +862,18 @@ class Pool:
 
     def _relay(self, worker: _Worker, frame: _wire.Frame) -> None:
         """Has a log record or a warning of a worker handled: before its job is settled."""
+        frame.close()  # it has no descriptors, if it is one
+        try:
+            handle = _records.received(frame.body)
+        except _wire.ProtocolError as error:
+            self._on_end(worker, error)
+            return
         self.counts.dropped += frame.dropped
         contexts = (job.context for job in worker.jobs if job.number == frame.number)
         # Of no job, as that of a thread that was left running: it is nobody's. Without a context
         # of its own the callback would have that of whoever has started the worker.
         context = next(contexts, None) or Context()
-        self.loop.call_soon(_records.handle, frame.body, context=context)
+        self.loop.call_soon(handle, context=context)
 
     def _on_refused(self, worker: _Worker, job: Job, reason: str) -> None:
         try:

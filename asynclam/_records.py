@@ -29,6 +29,7 @@ import sys
 from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
@@ -465,17 +466,18 @@ def _levels_of(logging: Any) -> dict[str, int]:
     return found
 
 
-def handle(body: bytearray | memoryview) -> None:
-    """Gives what a worker has sent to who handles it here.
+def received(body: bytearray | memoryview) -> Callable[[], None]:
+    """What gives to who handles it here what a worker has sent; it raises what users' handlers raise.
 
     Raises:
-        Exception: whatever a filter or a handler of the user raises.
+        ProtocolError: it makes no sense.
     """
-    kind, *content = pickle.loads(body)
-    if kind == _RECORD:
-        _handle_record(*content)
-    else:
-        _warn(*content)
+    try:
+        # Plain objects; those of users are pickled apart.
+        kind, first, second, third = pickle.loads(body)
+        return partial(_HANDLERS[kind], first, second, third)
+    except Exception as error:
+        raise _wire.ProtocolError("what was sent is neither a log record nor a warning") from error
 
 
 def _handle_record(state: dict[str, Any], objects: bytes, error: Error | None) -> None:
@@ -544,3 +546,6 @@ def _warn(place: tuple[str, int, str | None], pickled: bytes, text: tuple[str, s
             pass  # a class that is not known here
     registry = _registries.setdefault(filename, {})
     warnings.warn_explicit(message, category, filename, line, module, registry)
+
+
+_HANDLERS: dict[str, Callable[..., None]] = {_RECORD: _handle_record, _WARNING: _warn}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,7 +33,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[int, Results] = {}
     interrupted = False
     try:
-        run.run([ROWS[number] for number in options.rows], results, _tell, quick=options.quick)
+        rows = [ROWS[number] for number in options.rows]
+        run.run(rows, results, _tell, quick=options.quick, seconds=60 * options.minutes)
     except KeyboardInterrupt:
         _tell("interrupted")
         interrupted = True
@@ -65,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--rows", type=_rows, default=list(ROWS), help="such as 1,2,7 (default: all)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="measure everything once, and again for as long as that (default: all rounds)",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, one round")
     parser.add_argument("--output", type=Path, help="a directory for results.json and the charts")

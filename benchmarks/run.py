@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from .figures import Place, Results
@@ -25,29 +26,32 @@ _KEPT = ("PYTHONHOME", "PYTHONPATH")
 Tell = Callable[[str], None]
 
 
-def run(rows: Iterable[Row], results: dict[int, Results], tell: Tell, *, quick: bool) -> None:
-    """Adds what each row's blocks measure to ``results``.
+def run(
+    rows: Sequence[Row], results: dict[int, Results], tell: Tell, *, quick: bool, seconds: float
+) -> None:
+    """Adds what each row's blocks measure to ``results``: all rows once, then all again.
 
-    A place that has failed once is left out from then on.
+    A place that has failed once is left out from then on. After so many seconds no row is begun but
+    those that have not been measured at all.
     """
-    for row in rows:
-        results[row.number] = Results()
-        _run_row(row, results[row.number], tell, quick=quick)
+    end = perf_counter() + seconds
+    for turn in range(1 if quick else max(row.rounds for row in rows)):
+        for row in rows:
+            if turn < row.rounds and (not turn or perf_counter() < end):
+                _run_round(row, turn, results.setdefault(row.number, Results()), tell, quick=quick)
 
 
-def _run_row(row: Row, results: Results, tell: Tell, *, quick: bool) -> None:
-    rounds = 1 if quick else row.rounds
-    for turn in range(rounds):
-        for place in row.places:
-            if place in results.failures:
-                continue
-            tell(f"row {row.number}, {row.title}: round {turn + 1} of {rounds}, {place}")
-            outcome = _run_block(row.number, place, quick=quick)
-            if "failure" in outcome:
-                results.failures[place] = outcome["failure"]
-                tell(f"row {row.number}: {place} could not run: {outcome['failure']}")
-            else:
-                results.add(turn, place, outcome["samples"])
+def _run_round(row: Row, turn: int, results: Results, tell: Tell, *, quick: bool) -> None:
+    for place in row.places:
+        if place in results.failures:
+            continue
+        tell(f"row {row.number}, {row.title}: round {turn + 1} of {row.rounds}, {place}")
+        outcome = _run_block(row.number, place, quick=quick)
+        if "failure" in outcome:
+            results.failures[place] = outcome["failure"]
+            tell(f"row {row.number}: {place} could not run: {outcome['failure']}")
+        else:
+            results.add(turn, place, outcome["samples"])
 
 
 def _run_block(row: int, place: Place, *, quick: bool) -> dict[str, Any]:

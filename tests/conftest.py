@@ -9,11 +9,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import uvloop
 
 from asynclam import _default, _descriptors, _forkserver, _memory
 from tests.parts.gate import Gate
+
+# No test asserts a time: neither that of an example, nor of making one.
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
 
 # libuv makes the pipe for its signals with its first loop, and keeps it.
 uvloop.new_event_loop().close()

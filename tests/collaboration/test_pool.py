@@ -520,7 +520,7 @@ async def test_garbage(stage):
     assert isinstance(caught.value.__cause__, _wire.ProtocolError)
 
 
-@pytest.mark.parametrize("kind", [_wire.READY, _wire.RESULT, _wire.JOB])
+@pytest.mark.parametrize("kind", [_wire.READY, _wire.RESULT, _wire.JOB, _wire.RECORD])
 async def test_a_frame_out_of_turn(stage, kind):
     """A frame that answers nothing is garbage, too."""
     job, worker, frame = await stage.busy()

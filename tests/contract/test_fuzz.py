@@ -23,7 +23,7 @@ _SPRINKLED = st.lists(st.binary(max_size=200) | _HEADERS, max_size=12).map(b"".j
 def test_any_bytes(name):
     """No target finds anything wrong, whatever it is given."""
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(_SPRINKLED)
     def run(data):
         TARGETS[name](data)

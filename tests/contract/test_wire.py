@@ -4,7 +4,7 @@ import os
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from asynclam import _wire
@@ -41,7 +41,6 @@ def test_any_cut(step):
     assert [frame.number for frame in frames] == list(range(len(BODIES)))
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=20), st.data())
 def test_random_cuts(bodies, data):
     """The same for random bodies and a random cut at every step."""
