@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,8 @@ def main() -> int:
     parser.add_argument("--segments", choices=_WAYS, help="how large payloads travel")
     options, rest = parser.parse_known_args()
     os.chdir(_ROOT)
+    # Tests send it, and shells have what they run in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # The readers of formats are large: one Python is enough for them.
     formats = ["formats"] if options.command in {"setup", "test"} and _VERSION == "3.11" else []
     set_up(_ENVIRONMENT, "dev", "emulator", *formats, *_MORE_GROUPS.get(options.command, ()))

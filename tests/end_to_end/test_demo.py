@@ -127,7 +127,6 @@ async def interrupted(*_):
     await asyncio.Event().wait()
 
 stage._cpu_alone = interrupted
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 sys.exit(_cli.main(["demo", "--days", "2"]))
 """
 
