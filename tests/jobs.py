@@ -1,6 +1,7 @@
 """Functions that the tests run in workers. Imports next to nothing."""
 
 import os
+import re
 import sys
 import threading
 from time import perf_counter
@@ -279,7 +280,11 @@ def kept():
 def mapped_segments():
     """How many maps of segments this process has."""
     with open("/proc/self/maps") as maps:
-        return sum("asynclam" in line and "(deleted)" in line for line in maps)
+        return sum(bool(_SEGMENT.search(line)) for line in maps)
+
+
+# A memfd, or a file that never had a name (O_TMPFILE) or has it no more.
+_SEGMENT = re.compile(r"(/memfd:asynclam|/#\d+|/asynclam\S*) \(deleted\)$", re.MULTILINE)
 
 
 def memory(_value=None):
