@@ -11,8 +11,9 @@ sent the same way, and issued again by the loop process.
 Who may block: not the job. A record is sent if the socket has room for it, else kept; what is kept
 is sent with the next one, at the latest before the reply, which may block. Rate and memory have
 limits; what is above them is dropped, counted, and told. Threads of a job log, too: one of them
-sends at a time, and whoever finds another one sending leaves its record to that one. A reply is
-sent under the same lock, since half a frame of one and half of another are none.
+sends at a time, and whoever finds another one sending leaves its record to that one, which therefore
+looks again when it has let go. A reply is sent under the same lock, since half a frame of one and
+half of another are none, and is followed by the same look.
 
 Levels. The loop process tells each worker its levels when it starts, and again ahead of a job when
 they have changed: so that what nobody wants is not even sent. A level that the worker's own code has
@@ -87,7 +88,7 @@ class Outbox:
             self.is_full = True
             return
         self._append(body, 0)
-        self._send_what_fits()
+        self.look_again()
 
     def _admits(self, nbytes: int) -> bool:
         now = self._clock()
@@ -100,11 +101,16 @@ class Outbox:
 
     def _append(self, body: bytes, dropped: int) -> None:
         frame = _wire.encode_small(_wire.RECORD, self.job, body, _wire.dropped_flags(dropped))
-        self._kept += len(frame)
+        nbytes = len(frame)
+        self._kept += nbytes  # without a call in it, at which threads may change
         self._frames.append(frame)
         self.is_full = True
 
-    def _send_what_fits(self) -> None:
+    def look_again(self) -> None:
+        """Sends what is kept, as far as there is room; never blocks. For whoever had the turn.
+
+        Where the socket is full, what is left waits for the next record or reply.
+        """
         while self._frames or self._rest:
             # Never waits for the turn: it may be this very thread that has it, in a finaliser.
             if not self.turn.acquire(blocking=False):
@@ -120,6 +126,7 @@ class Outbox:
         # A cancel that is raised between the send and the line that takes note of it would tear a
         # frame. Blocking looks for signals that have come before.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SOFT_CANCEL)
+        self.is_full = self._dropped > 0  # before the look: who puts something later says so
         try:
             while self._rest or self._frames:
                 rest = self._rest or self._frames.popleft()
@@ -128,13 +135,13 @@ class Outbox:
                 self._rest = rest[sent:]
                 self._kept -= sent
         except BlockingIOError:
+            self.is_full = True
             return False
         except OSError:  # the loop process is gone, which the worker will notice when it reads
             self._frames.clear()
             self._rest, self._kept = b"", 0
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.is_full = self._dropped > 0
         return True
 
     def empty(self) -> None:

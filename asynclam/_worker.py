@@ -208,6 +208,8 @@ class Worker:
                 self._channel.sendall(data, _descriptors.NOSIGNAL)
             else:
                 self._send(kind, number, parts, flags, payload)
+        if self._outbox.is_full:  # a thread has left its record to who had the turn
+            self._outbox.look_again()
 
     def _send(
         self,

@@ -329,7 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
             json.dumps(invocation.event).encode(),
             {
                 "Lambda-Runtime-Aws-Request-Id": invocation.request_id,
-                "Lambda-Runtime-Deadline-Ms": str(round(invocation.deadline * 1000)),
+                "Lambda-Runtime-Deadline-Ms": str(int(invocation.deadline * 1000)),
                 "Lambda-Runtime-Invoked-Function-Arn": (
                     "arn:aws:lambda:us-east-1:012345678912:function:box"
                 ),

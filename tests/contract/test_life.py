@@ -52,16 +52,21 @@ def test_who_depends_is_killed(then):
 def test_the_end_of_the_other_process_is_the_end_of_its_pipes():
     """Who keeps the other end need not close it: its own death does."""
     read, write = os.pipe()
+    until, begin = os.pipe()
     keeper = os.fork()
     if not keeper:
         try:
+            os.close(begin)
             os.write(write, b"%d\n" % child_of(Life()))
+            os.read(until, 1)
         finally:
             os._exit(0)
+    os.close(until)
     os.close(write)
-    os.waitpid(keeper, 0)
     with open(read) as file:
         watched = os.pidfd_open(int(file.readline()))
+    os.close(begin)
+    os.waitpid(keeper, 0)
     wait_for_end(watched)
 
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from asynclam import _records, _wire
+from asynclam import _records, _wire, _worker
 
 
 class Clock:
@@ -88,6 +88,24 @@ def test_who_finds_another_sending_leaves_it_to_that_one(ends, clock):
         assert received(theirs) == []
     outbox.put(b"second")
     assert [bytes(frame.body) for frame in received(theirs)] == [b"first", b"second"]
+
+
+def test_a_reply_is_followed_by_a_look(ends):
+    """What a thread has left to the reply that was being sent is sent, whether or not a job follows."""
+    ours, theirs = ends
+
+    class Channel:
+        def sendall(self, data, flags):
+            ours.sendall(data, flags)
+            worker._outbox.put(b"of a thread")
+
+        def send(self, data, flags):
+            return ours.send(data, flags)
+
+    worker = _worker.Worker(Channel(), lambda order: True, lambda: None)
+    worker._reply(_wire.READY, 0, [b"pid"])
+    reply, record = received(theirs)
+    assert (reply.kind, record.kind, record.body) == (_wire.READY, _wire.RECORD, b"of a thread")
 
 
 def test_the_allowance_of_a_job(ends, clock):

@@ -258,7 +258,6 @@ async def test_records_of_the_initializer(caught):
     assert (caught.messages, caught.requests) == (["starting"], [None])
 
 
-@pytest.mark.skip(reason="hangs now and then on a busy machine, and it is not known why")
 async def test_records_of_threads(caught, gate):
     """A thread of the job logs as the job does; one that is left running is nobody's."""
     request.set("here")
