@@ -103,8 +103,6 @@ class Call:
         payload: the arguments, where :meth:`steps` has pickled them.
 
     Attributes:
-        is_chunk: whether it is a list of calls.
-        keeps_errors: whether its result says which of its items are exceptions.
         kind: what calls that are likely to take as long have in common: a function by reference,
             with small arguments. ``None``: nothing is known of it.
 
@@ -113,8 +111,7 @@ class Call:
     """
 
     __slots__ = (
-        "_args", "_carried", "_flags", "_fn", "_head", "_kwargs", "_payload", "_small", "is_chunk",
-        "keeps_errors", "kind",
+        "_args", "_carried", "_flags", "_fn", "_head", "_kwargs", "_payload", "_small", "kind",
     )  # fmt: skip
 
     def __init__(
@@ -130,8 +127,6 @@ class Call:
     ) -> None:
         self._fn, self._args, self._kwargs = fn, args, kwargs or _NO_KWARGS
         self._flags, self._carried = flags, b""
-        self.is_chunk = flags & _wire.CHUNK != 0
-        self.keeps_errors = flags & _wire.KEEP_ERRORS != 0
         self._head = _head_of(fn, shares_main)
         self._payload = payload
         self._small: bytes | None = None  # the arguments, if they are small
@@ -197,6 +192,16 @@ class Call:
         if self._head is _BY_VALUE:
             return self._fn, self._args, self._kwargs
         return self._args, self._kwargs
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it is a list of calls."""
+        return self._flags & _wire.CHUNK != 0
+
+    @property
+    def keeps_errors(self) -> bool:
+        """Whether its result says which of its items are exceptions."""
+        return self._flags & _wire.KEEP_ERRORS != 0
 
     @property
     def name(self) -> str:

@@ -594,7 +594,7 @@ def _chunk_done(
     if future.cancelled():
         pool.cancel(job)
     elif job.weight:  # it has a result, not only an error
-        measured(job.elapsed, max(weight, job.weight))
+        measured(job.duration, max(weight, job.weight))
 
 
 def _is_given_up(job: Job) -> bool:

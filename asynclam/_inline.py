@@ -43,7 +43,7 @@ class InlinePool:
                 job.fail(error)
                 return job
             reply = self._run(job)
-        job.elapsed = reply.elapsed
+        job.duration = reply.elapsed
         counts = self.counts
         counts.completed += 1
         counts.away += perf_counter() - job.made

@@ -75,17 +75,16 @@ class Job:
         number: names it on the channel and on the page of marks.
         worker: who has it; ``None`` while it waits, and once it has ended.
         order: its place among the jobs that the worker was sent.
-        expected: how long it is expected to run, in microseconds.
+        duration: how long it runs, in microseconds: as expected, and once it has ended as measured.
         losses: how many workers have died with it next in turn.
         tries: how many have died while they ran it.
         grace: the time that it has to end, once it is cancelled, if its terms give it any.
-        elapsed: how long it has run, in microseconds; 0 until it has ended.
         weight: bytes that the reply to a chunk takes.
     """
 
     __slots__ = (
-        "call", "elapsed", "expected", "future", "grace", "losses", "made", "number",
-        "order", "terms", "tries", "weight", "worker",
+        "call", "duration", "future", "grace", "losses", "made", "number", "order", "terms",
+        "tries", "weight", "worker",
     )  # fmt: skip
 
     def __init__(self, call: Call, future: Future[Any], terms: Terms = USUAL) -> None:
@@ -98,7 +97,7 @@ class Job:
         self.made = perf_counter()
         self.number = next(_numbers)
         self.worker: Any = None
-        self.order = self.expected = self.losses = self.tries = self.elapsed = self.weight = 0
+        self.order = self.duration = self.losses = self.tries = self.weight = 0
 
     @property
     def name(self) -> str:

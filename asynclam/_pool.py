@@ -371,8 +371,8 @@ class Pool:
         worker.sent = job.order = worker.sent + 1
         worker.state, job.worker = _BUSY, worker
         kind = job.call.kind
-        job.expected = _LONG if kind is None else self._times.get(kind, _LONG)
-        worker.expected += job.expected
+        job.duration = _LONG if kind is None else self._times.get(kind, _LONG)
+        worker.expected += job.duration
         worker.jobs.append(job)
         if len(worker.jobs) > 1 and self._watch is None:
             self._watch = self.loop.call_later(_OVERDUE, self._look_for_overdue)
@@ -553,8 +553,8 @@ class Pool:
             pass  # it is stopped, or has no CPU: until it has skipped the last, it gets no other
         else:
             for job in worker.jobs:  # one at most
-                worker.expected += _LONG - job.expected
-                job.expected = _LONG
+                worker.expected += _LONG - job.duration
+                job.duration = _LONG
             if worker.jobs and worker.jobs[0].future.done():  # cancelled, and runs
                 self._end_job(worker, worker.jobs[0])
             else:
@@ -606,7 +606,7 @@ class Pool:
 
     def _requeue(self, worker: _Worker, job: Job) -> None:
         """Puts a job at the head of the queue that was the worker's."""
-        worker.expected -= job.expected
+        worker.expected -= job.duration
         if worker.last >= 0:
             worker.last += 1
         job.worker = None
@@ -775,8 +775,8 @@ class Pool:
             return None
         job = jobs.popleft()
         job.worker = None
-        worker.expected -= job.expected
-        elapsed = job.elapsed = frame.elapsed
+        worker.expected -= job.duration
+        elapsed = job.duration = frame.elapsed
         self._count_reply(worker, job, elapsed)
         if job.call.kind is not None:
             self._learn(job.call.kind, elapsed)

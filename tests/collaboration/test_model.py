@@ -473,7 +473,7 @@ class Model(RuleBasedStateMachine):
         assert sorted(slots) == list(range(_pool._SLOTS))
         for worker in workers:
             if worker.state is not _pool._DYING:
-                assert worker.expected == sum(job.expected for job in worker.jobs)
+                assert worker.expected == sum(job.duration for job in worker.jobs)
             assert all(job.worker is worker for job in worker.jobs)
             assert [job.order for job in worker.jobs] == sorted(job.order for job in worker.jobs)
             assert (worker in pool._idle) is (worker.state is _pool._IDLE)
