@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from ._executor import Executor
@@ -16,14 +17,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _executor: Executor | None = None
+# Loops in several threads may ask at once. A child that is forked meanwhile must not find it locked.
+_making = Lock()
+os.register_at_fork(
+    before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
+)
 
 
 def default_executor() -> Executor:
     """The executor that the module-level functions use; made at the first call."""
     global _executor
-    if _executor is None:
-        _executor = Executor()
-    return _executor
+    if (executor := _executor) is None:
+        with _making:
+            if (executor := _executor) is None:
+                executor = _executor = Executor()
+    return executor
 
 
 def set_default_executor(executor: Executor | None) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 from . import _call, _context, _payload, _sizing, _steps, _wire
 from ._errors import ExecutorClosedError, PayloadError
 from ._job import USUAL, Terms
+from ._pools import Pools, kill_in_loop
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -98,7 +99,7 @@ class Executor:
         self._max_memory = _checked_limit("max_memory_per_child", max_memory_per_child)
         self._initializer = _pickled_initializer(initializer, initargs)
         self._variables = _context.Variables(context_vars) if context_vars else None
-        self._pools: list[Pool | InlinePool] = []
+        self._pools = Pools(self._max_workers)
         self._pool: Pool | InlinePool | None = None  # that of the loop that asked last
         self._entered: asyncio.AbstractEventLoop | None = None
         self._closed: str = ""
@@ -374,15 +375,7 @@ class Executor:
                 "this executor was entered (async with) in another event loop; use it there, or "
                 "leave out the async with: it then serves each loop with workers of its own"
             )
-        for pool in self._pools:
-            if pool.loop is loop:
-                return pool
-        for pool in self._pools:
-            if pool.loop.is_closed():
-                pool.attach(loop)
-                return pool
-        self._pools.append(self._new_pool(loop))
-        return self._pools[-1]
+        return self._pools.of(loop, self._new_pool)
 
     def _new_pool(self, loop: asyncio.AbstractEventLoop) -> Pool | InlinePool:
         if self._max_workers == 0:
@@ -391,11 +384,10 @@ class Executor:
             return InlinePool(loop)
         from ._pool import Plan, Pool
 
-        limit = partial(_limit, self._max_workers, self._pools)
         plan = Plan(
             self._start_method,
             self._initializer,
-            limit,
+            self._pools.limit,
             threads=max(1, _sizing.usable_cpus() // self._max_workers),
             max_tasks=self._max_tasks,
             max_memory=self._max_memory,
@@ -516,7 +508,7 @@ class Executor:
             # Shielded: a second close awaits the same future, and nobody has cancelled that one.
             await asyncio.shield(pool.close())
         else:
-            _kill_in_loop(pool)
+            kill_in_loop(pool)
 
     def replace_workers(self) -> None:
         """Has each worker end as soon as it has no job; new ones take their places when jobs come.
@@ -541,20 +533,17 @@ class Executor:
 
     def _end_workers(self) -> None:
         """Ends all workers; unless it is closed, the next job starts others."""
-        for pool in self._pools:
-            pool.kill()
-        self._pools.clear()
+        self._pools.kill()
         self._pool = None
 
     def __del__(self) -> None:
-        if getattr(self, "_pools", None) and not self._closed and self._process == os.getpid():
+        if getattr(self, "_process", None) == os.getpid() and any(self._pools) and not self._closed:
             if self._entered:
                 message = f"{self!r} was dropped without being closed"
                 warnings.warn(message, ResourceWarning, source=self, stacklevel=1)
             # At the interpreter's end, what a kill needs may be gone; the fork servers are, too.
             if not sys.is_finalizing():
-                for pool in self._pools:
-                    _kill_in_loop(pool)
+                self._pools.kill_in_loops()
 
 
 class _View(Executor):
@@ -569,19 +558,6 @@ class _View(Executor):
 
     def __del__(self) -> None:
         pass  # nothing is its own
-
-
-def _limit(max_workers: int, pools: list[Pool | InlinePool], pool: Pool) -> int:
-    """How many workers ``pool`` may have: all share ``max_workers``, each has one at least.
-
-    Not a method: pools live on in their loop's callbacks, and would keep the executor.
-    """
-    others = [other for other in pools if other is not pool]
-    for other in others:
-        if other.loop.is_closed():  # its workers would wait for a loop that may never come
-            other.kill()
-            pools.remove(other)
-    return max(1, max_workers - sum(other.alive for other in others))
 
 
 def _chunk_done(
@@ -626,14 +602,6 @@ async def _end_of(pool: Pool | InlinePool, job: Job) -> None:
         except BaseException:
             pool.hurry(job)
             raise
-
-
-def _kill_in_loop(pool: Pool | InlinePool) -> None:
-    """Kills a pool from another thread, or from wherever the garbage collector runs."""
-    if pool.loop.is_closed():
-        pool.kill()
-    else:
-        pool.loop.call_soon_threadsafe(pool.kill)
 
 
 def _pickled_initializer(

@@ -312,13 +312,13 @@ class Pool:
 
     def count(self, state: str) -> int:
         """How many workers are ``starting``, ``idle``, ``busy`` or ``dying``."""
-        return sum(worker.state == state for worker in self._workers.values())
+        return sum(worker.state == state for worker in list(self._workers.values()))
 
     def under_way(self) -> list[tuple[str, float]]:
         """What workers run, by name, and for how many seconds."""
         now = perf_counter()
-        busy = (worker for worker in self._workers.values() if worker.jobs)
-        return [(worker.jobs[0].name, now - worker.since) for worker in busy]
+        busy = ((worker, tuple(worker.jobs)) for worker in list(self._workers.values()))
+        return [(jobs[0].name, now - worker.since) for worker, jobs in busy if jobs]
 
     @property
     def queued(self) -> int:
@@ -328,7 +328,7 @@ class Pool:
     @property
     def running(self) -> int:
         """How many jobs workers have."""
-        return sum(len(worker.jobs) for worker in self._workers.values())
+        return sum(len(worker.jobs) for worker in list(self._workers.values()))
 
     @property
     def alive(self) -> int:
@@ -338,7 +338,7 @@ class Pool:
     @property
     def segments(self) -> int:
         """How many segments objects look into, on either side, as far as is known."""
-        ends = [worker.segments for worker in self._workers.values()]
+        ends = [worker.segments for worker in list(self._workers.values())]
         return sum(end.in_use for end in ends if end is not None)
 
     def _channels(self) -> list[Channel]:

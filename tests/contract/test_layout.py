@@ -49,6 +49,7 @@ ARROWS = {
         "_payload", "_raised", "_recipe", "_records", "_segments", "_turns", "_wire", "_worker",
     },
     "_inline": {"_call", "_errors", "_job", "_steps", "_turns", "_wire", "_worker"},
+    "_pools": {"_inline", "_pool"},
     "_chunks": set(),
     "_sources": set(),
     "_streams": {"_call", "_chunks", "_errors", "_grace", "_sources"},
@@ -56,7 +57,7 @@ ARROWS = {
     "_statistics": set(),
     "_executor": {
         "_call", "_chunks", "_context", "_errors", "_forkserver", "_grace", "_inline", "_job",
-        "_limits", "_payload", "_pool", "_server", "_sizing", "_sources", "_statistics", "_steps",
+        "_limits", "_payload", "_pool", "_pools", "_server", "_sizing", "_sources", "_statistics", "_steps",
         "_streams", "_threads", "_wire",
     },
     "_default": {"_executor", "_sources", "_streams"},

@@ -11,6 +11,7 @@ import pytest
 from asynclam import Executor, WorkerStartError, _forkserver
 from tests import jobs
 from tests.parts.gate import pass_through
+from tests.parts.processes import stopped
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ async def test_a_stopped_worker_outlives_its_fork_server(gate):
         job = asyncio.ensure_future(executor.run_cpu(pass_through, gate.path, "done"))
         pid = await gate.entered()
         os.kill(pid, signal.SIGSTOP)
+        await stopped(pid)
         (server,) = _forkserver._servers.values()
         os.kill(server.pid, signal.SIGKILL)
         gate.open()

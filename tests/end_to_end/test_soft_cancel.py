@@ -264,7 +264,7 @@ async def test_a_cancel_while_the_arguments_are_unpickled(single, gate, trace):
     )
     pid = await gate.entered()
     task.cancel()
-    while single._pools[0]._workers and not is_told(single):
+    while single._pool._workers and not is_told(single):
         await asyncio.sleep(0)
     gate.open()
     with pytest.raises(asyncio.CancelledError):
@@ -275,7 +275,7 @@ async def test_a_cancel_while_the_arguments_are_unpickled(single, gate, trace):
 
 def is_told(executor):
     """Whether the page of marks says to the only worker that its job is to end."""
-    pool = executor._pools[0]
+    pool = executor._pool
     (worker,) = pool._workers.values()
     return pool._marks.is_cancelled(worker.slot, worker.sent)
 
@@ -505,7 +505,7 @@ async def test_the_fork_server_is_dead(single, gate, trace):
     server = await single.run_cpu(jobs.parent_pid)
     task, _ = await started(single.options(cancel_grace=LONG), gate, block, trace)
     os.kill(server, signal.SIGKILL)
-    pool = single._pools[0]
+    pool = single._pool
     while pool._control is not None:
         await asyncio.sleep(0)
     await cancelled(task)

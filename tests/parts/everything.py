@@ -12,6 +12,7 @@ import gc
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import asynclam
 from asynclam import Executor, SharedBuffer, run_cpu
@@ -100,6 +101,26 @@ def at_once() -> None:
     in_threads(lambda: asyncio.run(use()), lambda: asyncio.run(use()), with_uvloop)
 
 
+async def cubes_of(number: int, executor: Executor) -> list[int]:
+    return await asyncio.gather(
+        executor.run_cpu(pow, number, 3), run_cpu(pow, number, 3), run_cpu(pow, -number, 3)
+    )
+
+
+def many_loops() -> None:
+    """Loops come and go in several threads, which change places wherever they can."""
+    sys.setswitchinterval(1e-6)
+    executor = Executor(2)
+
+    def step(number: int) -> list[int]:
+        return asyncio.run(cubes_of(number, executor))
+
+    with ThreadPoolExecutor(8) as threads:
+        cubes = list(threads.map(step, range(200), timeout=60))
+    assert cubes == [[number**3, number**3, -(number**3)] for number in range(200)]
+    executor.kill()
+
+
 async def use_in_worker() -> None:
     be_patient()
     await run_cpu(in_turn)
@@ -115,6 +136,7 @@ WAYS = {
     "in turn": in_turn,
     "in a thread": lambda: in_threads(in_turn),
     "at once": at_once,
+    "many loops": many_loops,
     "in a worker": in_a_worker,
 }
 

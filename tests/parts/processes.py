@@ -7,11 +7,19 @@ import asyncio
 
 async def ended(pid: int) -> None:
     """Waits until a process is gone or a zombie that init has not reaped."""
-    while True:
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return
-        except (FileNotFoundError, ProcessLookupError):
-            return
+    while _state_of(pid) not in {"Z", ""}:
         await asyncio.sleep(0)
+
+
+async def stopped(pid: int) -> None:
+    """Waits until a process that was sent SIGSTOP has been scheduled, and has stopped."""
+    while _state_of(pid) != "T":
+        await asyncio.sleep(0)
+
+
+def _state_of(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -1,0 +1,79 @@
+"""The pools of an executor: one for each event loop that asks, and the workers that they share.
+
+Loops may run in several threads at once. Who looks for a pool, takes over that of a closed loop, or
+ends it, does so with the lock: a pool has one loop. What a loop does with its own pool needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from threading import RLock  # a finaliser may end pools wherever this thread is
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    from ._inline import InlinePool
+    from ._pool import Pool
+
+    AnyPool: TypeAlias = Pool | InlinePool
+
+
+class Pools:
+    """Pools, and the limit of the workers of all.
+
+    Not the executor, nor does it know that: pools live on in the callbacks of their loops, and would
+    keep it.
+    """
+
+    def __init__(self, max_workers: int) -> None:
+        self._max_workers = max_workers
+        self._all: list[AnyPool] = []
+        self._lock = RLock()
+
+    def __iter__(self) -> Iterator[AnyPool]:
+        return iter(tuple(self._all))  # other threads add and remove some
+
+    def of(self, loop: AbstractEventLoop, new: Callable[[AbstractEventLoop], AnyPool]) -> AnyPool:
+        """The pool of a loop: its own, or that of a closed one, whose workers are warm, or a new one."""
+        with self._lock:
+            for pool in self._all:
+                if pool.loop is loop:
+                    return pool
+            for pool in self._all:
+                if pool.loop.is_closed():
+                    pool.attach(loop)
+                    return pool
+            pool = new(loop)
+            self._all.append(pool)
+            return pool
+
+    def limit(self, pool: AnyPool) -> int:
+        """How many workers ``pool`` may have: all share the limit, each has one at least."""
+        if len(self._all) > 1:
+            with self._lock:
+                for other in self:
+                    if other is not pool and other.loop.is_closed():
+                        self._all.remove(other)
+                        other.kill()  # its workers would wait for a loop that may never come
+        return max(1, self._max_workers - sum(other.alive for other in self if other is not pool))
+
+    def kill(self) -> None:
+        """Ends all workers at once, and forgets the pools."""
+        with self._lock:
+            for pool in self:
+                pool.kill()
+            self._all.clear()
+
+    def kill_in_loops(self) -> None:
+        """The same from another thread than those of the loops; each sees to its own."""
+        for pool in self:
+            kill_in_loop(pool)
+
+
+def kill_in_loop(pool: AnyPool) -> None:
+    """Kills a pool from another thread, or from wherever the garbage collector runs."""
+    try:
+        pool.loop.call_soon_threadsafe(pool.kill)
+    except RuntimeError:  # the loop is closed
+        pool.kill()
