@@ -80,7 +80,7 @@ def _summary(found: Document) -> str:
             text = show(figure["median"], line["unit"]) if figure else "-"
             cells[line["loop"]] = text if line["met"] else f"{text} (**not met**)"
     table = [
-        (number, what, cells.get("asyncio") or cells[""], cells.get("uvloop", ""), goal)
+        (number, what, cells.get("asyncio") or cells.get("", ""), cells.get("uvloop", ""), goal)
         for (number, what, goal), cells in rows.items()
     ]
     return _markdown(("#", "figure", "asyncio", "uvloop", "goal"), table)

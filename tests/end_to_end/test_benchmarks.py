@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import report
 from benchmarks.catalogue import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -100,6 +101,14 @@ def test_the_charts_are_drawn(finished: SimpleNamespace, theme: str) -> None:
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "64 MiB NumPy array, there and back" in texts
     assert "asynclam" in texts
+
+
+def test_the_readme_shows_the_document() -> None:
+    """Each figure in its tables comes from the last whole run, as does a row of one loop only."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    found = json.loads((ROOT / "benchmarks/results.json").read_bytes())
+    assert found["complete"]
+    assert report.in_readme(readme, found) == readme
 
 
 def test_a_part_of_the_rows_does_not_replace_the_figures_of_all() -> None:
