@@ -543,7 +543,8 @@ class Executor:
                 warnings.warn(message, ResourceWarning, source=self, stacklevel=1)
             # At the interpreter's end, what a kill needs may be gone; the fork servers are, too.
             if not sys.is_finalizing():
-                self._pools.kill_in_loops()
+                for pool in self._pools:
+                    kill_in_loop(pool)
 
 
 class _View(Executor):

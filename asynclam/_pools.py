@@ -65,11 +65,6 @@ class Pools:
                 pool.kill()
             self._all.clear()
 
-    def kill_in_loops(self) -> None:
-        """The same from another thread than those of the loops; each sees to its own."""
-        for pool in self:
-            kill_in_loop(pool)
-
 
 def kill_in_loop(pool: AnyPool) -> None:
     """Kills a pool from another thread, or from wherever the garbage collector runs."""

@@ -18,6 +18,7 @@ from asynclam import _cgroup, _cli
 from asynclam._box import __main__ as program
 from asynclam._box import box, cgroup, kernel
 from asynclam._box.kernel import BoxError
+from tests.parts.processes import state_of
 
 pytestmark = pytest.mark.outside
 
@@ -182,10 +183,6 @@ def test_a_freeze_stops_everything():
                     pass
             process.communicate()
             assert process.returncode == 0
-
-
-def state_of(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def children(pid):

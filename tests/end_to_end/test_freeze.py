@@ -16,6 +16,7 @@ import pytest
 import asynclam
 from asynclam import Executor, _pool
 from tests import jobs
+from tests.parts.processes import state_of
 
 ROOT = Path(asynclam.__file__).parent.parent
 FREEZES = 25
@@ -73,11 +74,7 @@ def _signal(descriptor, number):
 
 
 def _runs(pid):
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "TZX"
+    return state_of(pid) not in {"", "T", "Z", "X"}
 
 
 def yield_for(turns):

@@ -5,12 +5,13 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import asynclam
-from asynclam import Executor, _call, run_cpu
+from asynclam import Executor, _call, _default, run_cpu
 from tests import jobs
 from tests.parts.everything import WAYS
 from tests.parts.gate import pass_through
@@ -50,6 +51,38 @@ def test_pytest_asyncio(tmp_path):
     )  # fmt: skip
     assert "4 passed" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 0
+
+
+def test_the_default_executor_is_made_once(monkeypatch):
+    """A thread that asks while another is making it gets the same one."""
+    asked = threading.Event()
+    lock, made, found = threading.Lock(), [], []
+
+    class Making:
+        def __enter__(self):
+            if lock.locked():
+                asked.set()
+            lock.acquire()
+
+        def __exit__(self, *_):
+            lock.release()
+
+    class Slow(Executor):
+        def __init__(self):
+            super().__init__(1)
+            made.append(self)
+            if len(made) == 1:
+                thread.start()
+                asked.wait()
+            asked.set()
+
+    thread = threading.Thread(target=lambda: found.append(_default.default_executor()))
+    monkeypatch.setattr(_default, "_making", Making())
+    monkeypatch.setattr(_default, "Executor", Slow)
+    found.append(_default.default_executor())
+    thread.join()
+    assert len(made) == 1
+    assert found == made * 2
 
 
 async def test_executors_are_strangers(gate):

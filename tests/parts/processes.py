@@ -7,17 +7,18 @@ import asyncio
 
 async def ended(pid: int) -> None:
     """Waits until a process is gone or a zombie that init has not reaped."""
-    while _state_of(pid) not in {"Z", ""}:
+    while state_of(pid) not in {"Z", ""}:
         await asyncio.sleep(0)
 
 
 async def stopped(pid: int) -> None:
     """Waits until a process that was sent SIGSTOP has been scheduled, and has stopped."""
-    while _state_of(pid) != "T":
+    while state_of(pid) != "T":
         await asyncio.sleep(0)
 
 
-def _state_of(pid: int) -> str:
+def state_of(pid: int) -> str:
+    """One letter, as in proc(5); empty where there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0]
