@@ -4,7 +4,6 @@ import builtins
 import dataclasses
 import functools
 import math
-import os
 import sys
 import threading
 import traceback
@@ -250,8 +249,7 @@ def test_notes_and_traceback():
     shown = "".join(traceback.format_exception(arrived))
     assert "In worker 4711:" in shown
     assert "in raise_odd" in shown
-    ours = os.path.dirname(_raised.__file__)  # the checkout may have the same name
-    assert f"{ours}{os.sep}" not in shown.partition("In worker")[2], "our own frames say nothing"
+    assert "in raised_by" not in shown.partition("In worker")[2], "who ran the job says nothing"
     if sys.version_info >= (3, 11):
         assert arrived.__notes__[0] == "a note of the job"
 
