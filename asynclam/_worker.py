@@ -60,14 +60,15 @@ class Marks:
     def begin(self, slot: int, order: int) -> bool:
         """Notes that the job's code runs from here on; false if it must not."""
         numbers, slot = self._numbers, 4 * slot
+        before = numbers[slot]
         numbers[slot] = order
         if order > numbers[slot + 1]:
             return True
-        numbers[slot] = order - 1  # it runs elsewhere, also if this worker dies before it says so
+        numbers[slot] = before  # it runs elsewhere, also if this worker dies before it says so
         return False
 
     def begun(self, slot: int) -> int:
-        """The job that was begun last, or was to be begun and was skipped; 0 if there was none."""
+        """The job that was begun last, or is just about to be begun or skipped; 0 if there was none."""
         return self._numbers[4 * slot]
 
     def revoke(self, slot: int, order: int) -> None:

@@ -238,6 +238,23 @@ async def test_a_death_after_a_job_was_skipped(stage):
         assert await job.future == "elsewhere"
 
 
+async def test_a_death_after_several_were_skipped(stage):
+    """Nor those before it: what the page says is still the job that it runs."""
+    slow, one, frame_one, two, jobs, frames = await pipelined(stage)
+    assert two.begin(frames[0].number)
+    stage.pool._revoke(jobs[0].worker)
+    assert not two.begin(frames[1].number)
+    assert not two.begin(frames[2].number)
+    stage.server.exited(two)
+    with pytest.raises(WorkerDiedError):
+        await jobs[0].future
+    one.reply(frame_one, "slow")
+    for job in jobs[1:]:
+        one.reply(await one.job(), "elsewhere")
+        assert await job.future == "elsewhere"
+    assert await slow.future == "slow"
+
+
 async def test_a_reply_in_the_moment_of_the_taking_back(stage):
     """A reply that is read just then makes no room: what a worker is given then is not revoked."""
     slow, one, frame_one, two, jobs, frames = await pipelined(stage, 32)
