@@ -5,7 +5,14 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._context import remaining
-    from ._default import map_cpu, prepare, run_blocking, run_cpu, set_default_executor
+    from ._default import (
+        map_cpu,
+        prepare,
+        run_async,
+        run_blocking,
+        run_cpu,
+        set_default_executor,
+    )
     from ._environment import Environment, environment
     from ._errors import (
         AsynclamError,
@@ -43,6 +50,7 @@ _HOMES = {
     "map_io": "_streams",
     "prepare": "_default",
     "remaining": "_context",
+    "run_async": "_default",
     "run_blocking": "_default",
     "run_cpu": "_default",
     "set_default_executor": "_default",
@@ -69,6 +77,7 @@ __all__ = [
     "map_io",
     "prepare",
     "remaining",
+    "run_async",
     "run_blocking",
     "run_cpu",
     "set_default_executor",

@@ -26,6 +26,7 @@ _MOST_IN_CHUNK = 64  # descriptors, of the 1,024 that both sides may have: sever
 _NONE: Sequence[Any] = ()
 _NO_KWARGS: dict[str, object] = {}  # never added to; an empty one each would take 64 bytes a job
 _NOT_YET = _payload.Payload([], 0, [])
+_PECULIAR = _wire.CHUNK | _wire.COROUTINE  # what takes a time of its own
 
 
 def _always() -> bool:
@@ -55,11 +56,34 @@ def check(fn: object, user: str) -> None:
         )
     if is_async(fn):
         name = getattr(fn, "__name__", "fn")
-        instead = f"map_io({name}, ...)" if user == "map_cpu" else f"await {name}(...)"
+        here = f"map_io({name}, ...)" if user == "map_cpu" else f"await {name}(...)"
         raise TypeError(
-            f"{user}() runs plain functions in other processes; {name} is a coroutine function, "
-            f"which runs on the event loop: {instead}"
+            f"{user}() runs plain functions; {name} is a coroutine function, which runs on the event "
+            f"loop: {here}; or on that of a worker: await run_async({name}, ...)"
         )
+
+
+def check_coroutine_function(fn: object, user: str) -> None:
+    """Refuses what gives no coroutine when it is called.
+
+    Raises:
+        TypeError: ``fn`` is no coroutine function.
+    """
+    if is_coroutine_function(fn):
+        return
+    if not callable(fn):
+        close = getattr(fn, "close", None)  # a coroutine that nobody will await now
+        if type(fn) is types.CoroutineType and close is not None:
+            close()
+        raise TypeError(
+            f"{user}() takes a coroutine function and its arguments, got {type(fn).__name__}; "
+            f"write {user}(fn, x), not {user}(fn(x))"
+        )
+    name = getattr(fn, "__name__", type(fn).__name__)
+    raise TypeError(
+        f"{user}() takes a coroutine function (async def), and {name} is none; plain functions are "
+        f"for run_cpu({name}, ...)"
+    )
 
 
 def is_async(fn: object) -> bool:
@@ -97,7 +121,7 @@ class Call:
         args: its positional arguments; for a chunk, the list of the argument tuples of its calls,
             or of their single arguments.
         kwargs: its keyword arguments.
-        flags: ``_wire.CHUNK``, ``_wire.ITEMS`` and ``_wire.KEEP_ERRORS``.
+        flags: ``_wire.CHUNK``, ``_wire.ITEMS`` and ``_wire.KEEP_ERRORS``; or ``_wire.COROUTINE``.
         shares_main: tells whether workers have this process's ``__main__``; asked if it matters.
         first: the index of a chunk's first item, for messages.
         payload: the arguments, where :meth:`steps` has pickled them.
@@ -127,13 +151,14 @@ class Call:
     ) -> None:
         self._fn, self._args, self._kwargs = fn, args, kwargs or _NO_KWARGS
         self._flags, self._carried = flags, b""
-        self._head = _head_of(fn, shares_main)
+        references = _coroutine_references if flags & _wire.COROUTINE else _references
+        self._head = _head_of(fn, shares_main, references)
         self._payload = payload
         self._small: bytes | None = None  # the arguments, if they are small
         self.kind: bytes | None = None
         if payload is not None:
             return
-        is_plain = not (kwargs or flags) and all(map(_payload.is_plain, args))
+        is_plain = not (kwargs or flags & _wire.CHUNK) and all(map(_payload.is_plain, args))
         if is_plain and self._head is not _BY_VALUE:
             self._small = pickle.dumps((args, kwargs), 5)
         else:
@@ -148,7 +173,7 @@ class Call:
                 return
             self._small = bytes(payload.parts[0])
             self._payload = None
-        if self._head is not _BY_VALUE and not flags & _wire.CHUNK:
+        if self._head is not _BY_VALUE and not flags & _PECULIAR:
             self.kind = self._head
 
     @classmethod
@@ -197,6 +222,11 @@ class Call:
     def is_chunk(self) -> bool:
         """Whether it is a list of calls."""
         return self._flags & _wire.CHUNK != 0
+
+    @property
+    def is_coroutine(self) -> bool:
+        """Whether its function is a coroutine function."""
+        return self._flags & _wire.COROUTINE != 0
 
     @property
     def keeps_errors(self) -> bool:
@@ -326,20 +356,23 @@ class _ByValue:
 
 # Strong references, to what its module holds anyway; a weak dictionary costs 1 µs a look.
 _references: dict[Any, bytes] = {}
+_coroutine_references: dict[Any, bytes] = {}  # apart: who is in the other is a plain function
 _MOST_REFERENCES = 1024  # of functions that are defined again and again, until all are forgotten
 _HASHABLE = (types.FunctionType, types.BuiltinFunctionType)
 
 
-def _head_of(fn: Callable[..., object], shares_main: Callable[[], bool]) -> bytes:
+def _head_of(
+    fn: Callable[..., object], shares_main: Callable[[], bool], references: dict[Any, bytes]
+) -> bytes:
     """What a frame begins with: the pickle of a global name that leads to ``fn``, or none."""
     if type(fn) not in _HASHABLE:
         head = _new_head(fn)
     else:
-        if fn not in _references:
-            if len(_references) >= _MOST_REFERENCES:
-                _references.clear()
-            _references[fn] = _new_head(fn)
-        head = _references[fn]
+        if fn not in references:
+            if len(references) >= _MOST_REFERENCES:
+                references.clear()
+            references[fn] = _new_head(fn)
+        head = references[fn]
     if b"__main__" in head and not shares_main():
         return _BY_VALUE
     return head

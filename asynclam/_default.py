@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
@@ -69,6 +69,16 @@ async def run_cpu(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T
     A cancel stops the work.
     """
     return await default_executor().run_cpu(fn, *args, **kwargs)
+
+
+async def run_async(
+    fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Runs a coroutine function in a worker process; see :meth:`Executor.run_async`.
+
+    A cancel is raised in the coroutine.
+    """
+    return await default_executor().run_async(fn, *args, **kwargs)
 
 
 async def run_blocking(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context, ContextVar, copy_context
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
@@ -57,7 +57,8 @@ class Executor:
     Args:
         max_workers: the most worker processes at a time. ``None``: as many as make use of the
             machine (:func:`asynclam.environment`), or ``ASYNCLAM_MAX_WORKERS``. 0: jobs run in this process, pickled all the same, and block the loop.
-        initializer: called in each worker before its first job.
+        initializer: called in each worker before its first job. A coroutine function runs on the loop
+            that :meth:`run_async` uses.
         initargs: its arguments.
         max_tasks_per_child: how many jobs a worker runs before it is replaced; a chunk of
             ``map_cpu`` counts as one. ``None``: as many as come.
@@ -79,6 +80,7 @@ class Executor:
     """
 
     _terms: Terms = USUAL  # of its jobs; a view has its own
+    _flags = 0  # of their calls
 
     def __init__(
         self,
@@ -131,13 +133,16 @@ class Executor:
             JobExitError: the function raised ``SystemExit`` or its like.
             ExecutorClosedError: the executor is closed, or was killed meanwhile.
         """
-        _call.check(fn, "run_cpu")
+        if not self._flags:
+            _call.check(fn, "run_cpu")
         carried = _context.carried(self._variables)
         pool = self._pool
         if pool is None or self._closed or pool.loop is not asyncio._get_running_loop():
             pool = self._pool_here()
         if (args or kwargs) and _steps.is_large(*args, *kwargs.values()):
-            steps = _call.Call.steps(fn, args, kwargs, shares_main=self._shares_main)
+            steps = _call.Call.steps(
+                fn, args, kwargs, flags=self._flags, shares_main=self._shares_main
+            )
             pool.expect()
             try:
                 call = await pool.rota.run(steps, _call.Call.close)
@@ -147,7 +152,7 @@ class Executor:
                 call.close()
                 self._require_open()
         else:
-            call = _call.Call(fn, args, kwargs, shares_main=self._shares_main)
+            call = _call.Call(fn, args, kwargs, flags=self._flags, shares_main=self._shares_main)
         if carried:
             call.carry(carried)
         del fn, args, kwargs, carried  # the call has them, and 100,000 coroutines may wait here
@@ -158,12 +163,51 @@ class Executor:
         except BaseException as error:
             if _is_given_up(job):
                 pool.cancel(job)
-            if job.grace is None or not isinstance(error, asyncio.CancelledError):
+            if not self._terms.cancel_grace or job.grace is None:
+                raise
+            if not isinstance(error, asyncio.CancelledError):
                 raise
             cancelled = error
         # Not in the except block: anyio takes a second cancel in whose context its own is for that.
         await _end_of(pool, job)
         raise cancelled
+
+    async def run_async(
+        self, fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Runs the coroutine function ``fn`` in a worker process and returns its result.
+
+            executor = Executor(initializer=make_client)  # may be a coroutine function, too
+            rows = await executor.run_async(fetch_and_parse, key)
+
+        For jobs that wait and compute: the requests of thousands of small objects, whose signing and
+        parsing would keep the loop here busy. A worker runs up to 64 of them at once, on a loop of
+        its own (uvloop where it is installed) which lives as long as the worker. So what the
+        initializer makes there, a client say, is for all of them; what they leave there, like tasks
+        in the background, goes on. They are spread evenly over the workers; a worker that has
+        coroutines is given no plain job. Jobs of both sorts wait in one queue.
+
+        A coroutine that computes holds up the others of its worker, as on any loop. Everything travels
+        as with :meth:`run_cpu`, and the errors are the same. If a worker dies, all the coroutines
+        that it had begun fail with WorkerDiedError.
+
+        A cancel raises ``asyncio.CancelledError`` in the coroutine, and does not wait for it to end,
+        unless ``options(cancel_grace=…)`` says how long to wait. One that has not ended in that time
+        (1 second without) keeps its worker from being given more, and the worker is killed as soon as
+        it has no others. No other job is harmed.
+
+        Raises:
+            TypeError: ``fn`` is no coroutine function.
+            PayloadError: an argument, the result or a context variable cannot be pickled.
+            WorkerDiedError: the worker died while it ran the job.
+            WorkerStartError: no worker could be started.
+            JobExitError: the function raised ``SystemExit`` or its like.
+            ExecutorClosedError: the executor is closed, or was killed meanwhile.
+        """
+        _call.check_coroutine_function(fn, "run_async")
+        jobs: Any = _View(self, self._terms, _wire.COROUTINE)  # its results are awaited there
+        result: T = await jobs.run_cpu(fn, *args, **kwargs)
+        return result
 
     def _shares_main(self) -> bool:
         if self._max_workers == 0:
@@ -550,12 +594,13 @@ class Executor:
 class _View(Executor):
     """An executor with terms of its own, and all the rest in common with another."""
 
-    __slots__ = ("_executor", "_terms")
+    __slots__ = ("_executor", "_flags", "_terms")
 
-    def __init__(self, executor: Executor, terms: Terms) -> None:
+    def __init__(self, executor: Executor, terms: Terms, flags: int = 0) -> None:
         self.__dict__ = executor.__dict__
         self._executor = executor  # lives as long: it kills its workers when it is dropped
         self._terms = terms
+        self._flags = flags
 
     def __del__(self) -> None:
         pass  # nothing is its own
@@ -610,9 +655,11 @@ def _pickled_initializer(
 ) -> bytes:
     if initializer is None:
         return b""
-    if not callable(initializer) or _call.is_async(initializer):
+    is_generator = _call.is_async(initializer) and not _call.is_coroutine_function(initializer)
+    if not callable(initializer) or is_generator:
         raise TypeError(
-            f"initializer is a plain function, called with initargs, not {initializer!r}"
+            "initializer is a function or a coroutine function, called with initargs, not "
+            f"{initializer!r}"
         )
     try:
         return _payload.dumps_whole((initializer, arguments))

@@ -14,6 +14,12 @@ workers are there, a job may be sent to a busy one, as long as all that the work
 by the run times of the same functions before, to be done within ``_MOST_WAIT``. The jobs in a
 channel have their order, and are run and replied to in that order.
 
+Coroutines. A worker has plain jobs or coroutines, never both. Of the latter it runs many at once, and
+its replies may come in any order. They begin as they are read, so none is ever revoked. A job that is
+cancelled is told so by a CANCEL, and its worker is sent no more until it has ended. If it goes on
+nevertheless it is left alone as long as the worker has others; when all that it has is overdue, the
+worker is killed.
+
 Revoking. An expectation may be wrong. A timer, which runs only while some worker has more than one
 job, notices a worker that has not replied for a while; its jobs are revoked on the page of marks.
 Once that has certainly been seen, *begun* on the page tells which job the worker runs; those after
@@ -68,11 +74,14 @@ if TYPE_CHECKING:
 
 _MOST_FAILED_STARTS = 3  # in a row, until the jobs that wait are failed
 _MOST_LOSSES = 3  # workers that may die with a job before it has begun, until it fails
-_PATIENCE = 1.0  # seconds in which an idle worker exits after end of file, before it is killed
+# Seconds in which an idle worker exits after end of file, and a cancelled coroutine ends, before the
+# worker is killed.
+_PATIENCE = 1.0
 _SLOTS = 512  # of the page of marks: two pages of memory; workers that are dying have one, too
 
 _MOST_WAIT = 500  # microseconds that the jobs in a channel are expected to run, all together
 _MOST_IN_CHANNEL = 32  # jobs in a channel, however short they are
+_MOST_COROUTINES = 64  # that a worker runs at once
 _LONG = 1 << 32  # microseconds that a job is expected to run of which nothing is known
 _MOST_KINDS = 4096  # of jobs whose run time is remembered, until all are forgotten
 _OVERDUE = (
@@ -158,6 +167,10 @@ class _Worker:
         self.life: Life
         self.bound = False  # whether the end of that ends it
 
+    @property
+    def has_coroutines(self) -> bool:
+        return bool(self.jobs) and self.jobs[0].call.is_coroutine
+
 
 class Pool:
     """The workers of one executor on one event loop."""
@@ -229,7 +242,10 @@ class Pool:
         worker = job.worker
         if job.number in self._arriving:
             self._arriving.pop(job.number)[1].cancel()
-        elif worker is not None and len(worker.jobs) > 1:
+        elif worker is not None and job.call.is_coroutine and not _is_in_transfer(worker, job):
+            self._cancel_coroutine(worker, job)
+            return
+        elif worker is not None and not job.call.is_coroutine and len(worker.jobs) > 1:
             self._give_time(job)
             self._revoke(worker)  # and sees to the cancelled jobs when the others are safe
             return
@@ -254,7 +270,10 @@ class Pool:
         if worker is None or grace is None:
             return
         grace.is_over = True
-        if worker.revoking is None and worker.state is _BUSY:
+        if job.call.is_coroutine:
+            worker.last = -1
+            self._kill_if_overdue(worker)
+        elif worker.revoking is None and worker.state is _BUSY:
             self._kill(worker)
             self._dispatch()
 
@@ -317,8 +336,14 @@ class Pool:
     def under_way(self) -> list[tuple[str, float]]:
         """What workers run, by name, and for how many seconds."""
         now = perf_counter()
-        busy = ((worker, tuple(worker.jobs)) for worker in list(self._workers.values()))
-        return [(jobs[0].name, now - worker.since) for worker, jobs in busy if jobs]
+        found = []
+        for worker in list(self._workers.values()):
+            for job in tuple(worker.jobs):
+                since = job.made if job.call.is_coroutine else worker.since
+                found.append((job.name, now - since))
+                if not job.call.is_coroutine:
+                    break  # the others wait behind it
+        return found
 
     @property
     def queued(self) -> int:
@@ -374,7 +399,7 @@ class Pool:
         job.duration = _LONG if kind is None else self._times.get(kind, _LONG)
         worker.expected += job.duration
         worker.jobs.append(job)
-        if len(worker.jobs) > 1 and self._watch is None:
+        if len(worker.jobs) > 1 and self._watch is None and not job.call.is_coroutine:
             self._watch = self.loop.call_later(_OVERDUE, self._look_for_overdue)
         size = _payload.size_of(job.call.parts) if kind is None else 0
         if size >= _payload.LEAST_IN_SEGMENT:
@@ -413,6 +438,8 @@ class Pool:
             [*job.call.descriptors, *added],
             partial(segments.outgoing.sent, lease),
         )
+        if job.call.is_coroutine and self._queue:  # the worker has room for others again
+            self.loop.call_soon(self._dispatch)
 
     def _lease(self, worker: _Worker, nbytes: int) -> _segments.Lease | None:
         try:
@@ -440,19 +467,36 @@ class Pool:
             return
         while self._queue and worker.revoking is None and worker.sent < worker.last:
             job = next(iter(self._queue.values()))
-            if worker.jobs and not self._fits(worker, job):
+            taker = self._taker(worker, job)
+            if taker is None:
                 break
             del self._queue[job.number]
             if not job.future.done():
-                self._give(worker, job)
+                self._give(taker, job)
         if not worker.jobs and worker.revoking is None:
-            if worker.sent >= worker.last:
-                self._retire(worker)
-                return
-            worker.state = _IDLE
-            self._idle.append(worker)
-            if self._closing is not None:
-                self._advance_close()
+            self._rest(worker)
+        elif worker.last < 0 and worker.has_coroutines:
+            self._kill_if_overdue(worker)
+
+    def _rest(self, worker: _Worker) -> None:
+        """Lets a worker wait that has no job; or end, if it is to have no other."""
+        if worker.sent >= worker.last:
+            self._retire(worker)
+            return
+        worker.state = _IDLE
+        self._idle.append(worker)
+        if self._closing is not None:
+            self._advance_close()
+
+    def _taker(self, worker: _Worker, job: Job) -> _Worker | None:
+        """Who gets the next job when this worker has replied; ``None``: nobody yet."""
+        if not worker.jobs:
+            return worker
+        if not self._fits(worker, job):
+            return None
+        return (
+            self._with_room(job) if job.call.is_coroutine else worker
+        )  # that which has the fewest
 
     def _retire(self, worker: _Worker) -> None:
         """Ends a worker without a job, which is to have no other."""
@@ -490,13 +534,26 @@ class Pool:
 
     def _fits(self, worker: _Worker, job: Job) -> bool:
         kind = job.call.kind
-        if kind is None or worker.revoking or worker.orphan:
+        if kind is None:
+            return job.call.is_coroutine and self._fits_beside(worker)
+        if worker.revoking or worker.orphan:
             return False
         if not 0 < len(worker.jobs) < _MOST_IN_CHANNEL:  # 0: it has jobs to skip, and to say so
             return False
         if worker.sent >= worker.last:
             return False
         return worker.expected + self._times.get(kind, _LONG) <= _MOST_WAIT
+
+    def _fits_beside(self, worker: _Worker) -> bool:
+        """Whether a coroutine may be sent to a worker that runs others."""
+        return (
+            worker.has_coroutines
+            and len(worker.jobs) < _MOST_COROUTINES
+            and worker.sent < worker.last
+            and worker.transfer is None  # of the one before
+            and not worker.orphan
+            and all(job.grace is None for job in worker.jobs)  # else one may be holding up the rest
+        )
 
     def _learn(self, kind: bytes, elapsed: int) -> None:
         """Takes note of a run time: at once if it was longer than expected, else bit by bit."""
@@ -514,7 +571,7 @@ class Pool:
         for worker in list(self._workers.values()):
             if self._is_overdue(worker):
                 self._revoke(worker)
-            several = len(worker.jobs) > 1
+            several = len(worker.jobs) > 1 and not worker.has_coroutines
             worker.watched = worker.jobs[0] if several else None
             more = more or several
         if more and self._watch is None:
@@ -590,6 +647,28 @@ class Pool:
             partial(self._marks.has_heard, worker.slot, job.order),
             partial(self.hurry, job),
         )
+
+    def _cancel_coroutine(self, worker: _Worker, job: Job) -> None:
+        """Has CancelledError raised in a job, and does what there is to do if it goes on."""
+        if worker.state is not _BUSY:
+            return  # its end settles the job
+        from ._grace import Grace
+
+        job.grace = Grace(self.loop)
+        job.grace.begin(
+            job.terms.cancel_grace or _PATIENCE,
+            partial(worker.channel.send, _wire.encode(_wire.CANCEL, job.number)),
+            _yes,  # a frame is not lost
+            partial(self.hurry, job),
+        )
+
+    def _kill_if_overdue(self, worker: _Worker) -> None:
+        """Kills a worker whose coroutines were all cancelled, and have not ended in time."""
+        if worker.state is _BUSY and all(
+            job.grace is not None and job.grace.is_over for job in worker.jobs
+        ):
+            self._kill(worker)
+            self._dispatch()
 
     def _interrupt(self, worker: _Worker) -> None:
         if worker.orphan:
@@ -672,6 +751,8 @@ class Pool:
 
     def _preload(self) -> tuple[str, ...]:
         modules = {job.call.module for job in self._queue.values()} - {""}
+        if any(job.call.is_coroutine for job in self._queue.values()):
+            modules |= {f"{__package__}._coroutines", f"{__package__}._loops"}
         if "__main__" in modules:  # by value, and each worker would import this for itself
             modules = modules - {"__main__"} | {"cloudpickle"}
         return tuple(sorted(modules))
@@ -768,6 +849,8 @@ class Pool:
     def _take(self, worker: _Worker, frame: _wire.Frame) -> Job | None:
         """The job that a frame is the outcome of; the worker has more to do then."""
         jobs = worker.jobs
+        if len(jobs) > 1 and frame.kind != _wire.RECORD and jobs[0].call.is_coroutine:
+            _bring_forward(jobs, frame)
         if not jobs or jobs[0].number != frame.number or frame.kind not in _OUTCOMES:
             self._on_other(worker, frame)
             return None
@@ -786,8 +869,10 @@ class Pool:
     def _count_reply(self, worker: _Worker, job: Job, elapsed: int) -> None:
         now, counts = perf_counter(), self.counts
         away = now - worker.since
+        if job.call.is_coroutine:  # what it did not run, it has waited, somewhere
+            away = elapsed / 1e6 if elapsed < _wire.MOST_ELAPSED else now - job.made
         counts.completed += 1
-        counts.waited += worker.since - job.made
+        counts.waited += now - away - job.made
         counts.away += away
         counts.ran += elapsed if elapsed < _wire.MOST_ELAPSED else int(away * 1e6)
         worker.since = now  # of its next job
@@ -808,7 +893,7 @@ class Pool:
         if frame.flags & _wire.GROWN:
             self.counts.grown += worker.last >= 0
             worker.last = -1  # it is sent no more, and retires when it has no job
-            if len(worker.jobs) > 1:
+            if len(worker.jobs) > 1 and not worker.has_coroutines:
                 self._revoke(worker)
             if not frame.flags & _IN_MEMORY:
                 return True
@@ -1034,6 +1119,23 @@ class Pool:
     def _tell_closed(self) -> None:
         if self._closing is not None and not self._closing.done():
             self._closing.set_result(None)
+
+
+def _is_in_transfer(worker: _Worker, job: Job) -> bool:
+    return worker.transfer is not None and worker.jobs[-1] is job
+
+
+def _bring_forward(jobs: deque[Job], frame: _wire.Frame) -> None:
+    """Makes that coroutine the first which a frame is about, if there is one."""
+    for job in jobs:
+        if frame.number == (job.order if frame.kind == _wire.SKIPPED else job.number):
+            jobs.remove(job)
+            jobs.appendleft(job)
+            return
+
+
+def _yes() -> bool:
+    return True
 
 
 def _connections() -> tuple[socket.socket, socket.socket, Life]:

@@ -52,13 +52,14 @@ class Recipe:
         vars(recipe).update(pickle.loads(body))
         return recipe
 
-    def initialize(self) -> None:
-        """In the worker: takes the state over, then calls the initializer."""
+    def initialize(self) -> object:
+        """In the worker: takes the state over, then calls the initializer; what that returns."""
         self.apply()
         _records.set_levels(self.levels)
-        if self.initializer:
-            initializer, arguments = pickle.loads(self.initializer)
-            initializer(*arguments)
+        if not self.initializer:
+            return None
+        initializer, arguments = pickle.loads(self.initializer)
+        return initializer(*arguments)
 
     def apply(self) -> None:
         """Makes this process's path, directory and environment what they are to be."""

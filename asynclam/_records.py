@@ -30,6 +30,7 @@ import sys
 from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from time import monotonic
 from types import CodeType, ModuleType, TracebackType
@@ -53,6 +54,8 @@ _RECORD, _WARNING = "record", "warning"
 
 # --- in the worker -------------------------------------------------------------------------------
 
+coroutine: ContextVar[int] = ContextVar("asynclam.coroutine", default=0)  # the number of its job
+
 
 class Outbox:
     """What a worker says besides its replies.
@@ -62,7 +65,8 @@ class Outbox:
         clock: seconds.
 
     Attributes:
-        job: the number of the job that runs; 0: none, but a thread of one may.
+        job: the number of the job that runs; 0: none, but a thread of one may, or coroutines, which
+            share a rate.
         turn: held by whoever sends on the channel.
         is_full: whether something waits to be sent, or to be told.
     """
@@ -100,7 +104,8 @@ class Outbox:
         return self._count <= MOST and self._bytes <= MOST_BYTES >= self._kept + nbytes
 
     def _append(self, body: bytes, dropped: int) -> None:
-        frame = _wire.encode_small(_wire.RECORD, self.job, body, _wire.dropped_flags(dropped))
+        number = self.job or coroutine.get()
+        frame = _wire.encode_small(_wire.RECORD, number, body, _wire.dropped_flags(dropped))
         nbytes = len(frame)
         self._kept += nbytes  # without a call in it, at which threads may change
         self._frames.append(frame)

@@ -35,7 +35,9 @@ class Sandbox:
     """
 
     def __init__(self, lifespan: Lifespan | None) -> None:
-        self.loop = _new_loop()
+        from ._loops import new_event_loop  # at the first invocation: workers import handlers, too
+
+        self.loop = new_event_loop()
         self._resources = Resources(lifespan or _no_lifespan)
         self._before: set[Task] = set()
         try:
@@ -180,12 +182,3 @@ async def _cancel(tasks: Iterable[Task], seconds: float | None) -> None:
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             context = {"message": "a task failed while it was cancelled", "task": task}
             asyncio.get_running_loop().call_exception_handler({**context, "exception": error})
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop where it is installed, else asyncio's own."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()

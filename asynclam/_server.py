@@ -39,9 +39,11 @@ from ._recipe import Recipe
 from ._worker import Marks, Worker, after_fork, flush, send_all
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Literal
 
     from ._guard import Guard
+    from ._worker import Coroutines, Reply
 
 # What this process is. Modules that a server or a worker imports may prepare() as the program does.
 role: Literal["loop process", "fork server", "worker"] = "loop process"
@@ -296,12 +298,18 @@ def _become_worker(recipe: Recipe, frame: _wire.Frame) -> NoReturn:
         begin = partial(marks.begin, recipe.slot)
         guard = partial(_guard_of, marks, recipe.slot)
         growth = _limits.Growth(recipe.max_memory) if recipe.max_memory else None
-        worker = Worker(socket.socket(fileno=channel), begin, guard, growth)
+        worker = Worker(socket.socket(fileno=channel), begin, guard, _coroutines_of, growth)
         worker.serve(recipe.initialize, bound=bound)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(1)
+
+
+def _coroutines_of(channel: int, reply: Callable[[Reply], None]) -> Coroutines:
+    from . import _coroutines  # when the first job comes that is one
+
+    return _coroutines.Coroutines(channel, reply)
 
 
 def _guard_of(marks: Marks, slot: int) -> Guard:

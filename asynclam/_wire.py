@@ -46,8 +46,9 @@ INTERRUPT = 12  # SIGURG to the worker: its job is cancelled, says the page of m
 RECORD = 13  # a log record, or a warning; number: the job that it is of, 0 for none
 # loop process to worker
 LEVELS = 14  # the levels of loggers have changed
+CANCEL = 15  # a coroutine; number: its job
 
-_KINDS = range(JOB, LEVELS + 1)
+_KINDS = range(JOB, CANCEL + 1)
 
 # Flags of a JOB
 CHUNK = 1  # the arguments are a list of calls, the result is the list of their results
@@ -56,6 +57,7 @@ ITEMS = 16  # in a chunk, calls have one argument each: they are a list of these
 BY_VALUE = 4  # the second try of a refused call: nothing is left to fall back on
 CARRIES = 256  # the body (behind notes) begins with the context of the job
 SOFT = 512  # JobCancelled may be raised in the job
+COROUTINE = 1024  # the function is a coroutine function
 # A flag of a reply
 GROWN = 4  # the worker has taken more memory than it may
 # A flag of READY

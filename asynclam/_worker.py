@@ -6,7 +6,8 @@ but replies, in the order of the jobs, of which several may wait in the channel,
 what the jobs log (:mod:`._records`). Before a job's own code runs, its place in that order goes to
 the shared page of marks: whoever finds the worker dead reads there whether that job had begun. A
 job that was revoked on that page is skipped. A job that may be told to end runs under a guard
-(:mod:`._guard`).
+(:mod:`._guard`). Jobs that are coroutines begin in their order, too, but run beside each other, on a
+loop (:mod:`._coroutines`).
 
 End of file means that the loop process has closed the channel or is gone: the worker ends at once,
 with ``os._exit``, so that nothing of what it inherited is finalised twice. A broken pipe while it
@@ -19,7 +20,7 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextvars import Context
 from functools import partial
 from time import perf_counter_ns
@@ -30,9 +31,19 @@ from ._errors import CHANNEL_LOST, INTERNAL_ERROR, JobCancelled, PayloadError, r
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from . import _segments  # imported where it is used: most jobs do not need it
     from ._guard import Guard
     from ._limits import Growth
+
+    class Coroutines(Protocol):
+        """What a worker asks of its loop: :class:`asynclam._coroutines.Coroutines`."""
+
+        def complete(self, coroutine: Coroutine[Any, Any, object]) -> None: ...
+        def wait(self) -> None: ...
+        def begin(self, frame: _wire.Frame, order: int, open_segment: _call.Open) -> None: ...
+        def cancel(self, number: int) -> None: ...
 
 
 class Marks:
@@ -104,6 +115,8 @@ class Worker:
         channel: its end of the channel, blocking.
         begin: notes that a job begins, given its order; says whether it may.
         new_guard: makes what jobs run under that may be told to end.
+        new_coroutines: makes the loop of those jobs that are coroutines, given the descriptor of the
+            channel and what sends a reply.
         growth: tells whether this process has taken more memory than it may; ``None``: it may.
     """
 
@@ -112,10 +125,13 @@ class Worker:
         channel: socket.socket,
         begin: Callable[[int], bool],
         new_guard: Callable[[], Guard],
+        new_coroutines: Callable[[int, Callable[[Reply], None]], Coroutines],
         growth: Growth | None = None,
     ) -> None:
         self._channel = channel
         self._new_guard = new_guard
+        self._new_coroutines = new_coroutines
+        self._coroutines: Coroutines | None = None  # once there is one
         self._growth = growth
         self._guard: Guard | None = None  # once there is such a job
         self._outbox = _records.Outbox(channel)
@@ -151,7 +167,9 @@ class Worker:
 
     def _initialize(self, initializer: Callable[[], object]) -> bool:
         try:
-            initializer()
+            initializing = initializer()
+            if isinstance(initializing, Coroutine):
+                self._loop().complete(initializing)
         except BaseException as error:
             self._reply(_wire.FAILED, self._pid, [_raised.dumps(error, skip=1)])
             return False
@@ -161,9 +179,12 @@ class Worker:
 
     def _serve(self) -> None:
         order = 0
-        for frame in frames(self._channel):
+        for frame in frames(self._channel, self._wait):
             if frame.kind == _wire.LEVELS:
                 _records.set_levels(bytes(frame.body))
+                continue
+            if frame.kind == _wire.CANCEL:
+                self._loop().cancel(frame.number)
                 continue
             order += 1
             if frame.flags & _wire.RELEASES:
@@ -171,6 +192,10 @@ class Worker:
             if not self._begin(order):  # before unpickling: that is users' code, too
                 frame.close()
                 self._reply(_wire.SKIPPED, order, ())
+                continue
+            if frame.flags & _wire.COROUTINE:
+                self._loop().begin(frame, order, self._open)
+                del frame
                 continue
             self._outbox.job = frame.number
             if frame.flags & _wire.SOFT:
@@ -184,14 +209,28 @@ class Worker:
                 frame.close()
             # A late result would hold the memory of this job while the next one is waited for.
             del frame
-            if _is_forked:
-                exit_if_forked()
-            flush()
-            if self._growth is not None and self._growth.is_over():
-                reply = (*reply[:3], reply[3] | _wire.GROWN, reply[4])
-            self._reply(*reply)
+            self._end_job(reply)
             self._outbox.job = 0  # a thread of the job may still log
             del reply
+
+    def _wait(self) -> int:
+        if self._coroutines is None:
+            return 0
+        self._coroutines.wait()
+        return socket.MSG_DONTWAIT  # loops may stop once more than they were told to
+
+    def _loop(self) -> Coroutines:
+        if self._coroutines is None:
+            self._coroutines = self._new_coroutines(self._channel.fileno(), self._end_job)
+        return self._coroutines
+
+    def _end_job(self, reply: Reply) -> None:
+        if _is_forked:
+            exit_if_forked()
+        flush()
+        if self._growth is not None and self._growth.is_over():
+            reply = (*reply[:3], reply[3] | _wire.GROWN, reply[4])
+        self._reply(*reply)
 
     def _reply(
         self,
@@ -276,8 +315,12 @@ def exit_if_forked() -> None:
         os._exit(0)
 
 
-def frames(channel: socket.socket) -> Iterator[_wire.Frame]:
+def frames(channel: socket.socket, wait: Callable[[], int] = int) -> Iterator[_wire.Frame]:
     """What is received on a blocking socket, until end of file.
+
+    Args:
+        channel: the socket.
+        wait: called before each receive, whose flags it returns (recvmsg(2)).
 
     Raises:
         OSError: the connection was reset.
@@ -285,7 +328,11 @@ def frames(channel: socket.socket) -> Iterator[_wire.Frame]:
     """
     decoder = _wire.Decoder()
     while True:
-        nbytes, descriptors, truncated = _descriptors.receive(channel, decoder.buffer())
+        flags = wait()
+        try:
+            nbytes, descriptors, truncated = _descriptors.receive(channel, decoder.buffer(), flags)
+        except BlockingIOError:
+            continue
         if not nbytes:
             return
         complete = decoder.received(nbytes, descriptors, truncated=truncated)
@@ -341,21 +388,11 @@ def run(
         guard: what it runs under, if it may be told to end.
         order: its place in the order of jobs.
     """
-    number = frame.number
     begun = perf_counter_ns()
-    context = Context()
     try:
-        if frame.flags & _wire.CARRIES:
-            carried, length = _context.taken(frame.body)
-            frame.body = memoryview(frame.body)[length:]
-            context.run(_context.enter, carried)
-        elif _context.has_trace_id():
-            _context.set_trace_id(None)
-        fn, args, kwargs = _call.receive(frame, open_segment)
-    except _call.UnknownNameError as error:
-        return _wire.REFUSED, number, [str(error).encode()], 0, None
-    except PayloadError as error:
-        return _wire.RAISED, number, [_raised.dumps(error)], _elapsed_since(begun), None
+        context, fn, args, kwargs = received(frame, open_segment)
+    except (_call.UnknownNameError, PayloadError) as error:
+        return refusal(frame, error, begun)
     enter = context.run if guard is None else partial(guard.run, order, context.run)
     try:
         if frame.flags & _wire.CHUNK:
@@ -366,10 +403,48 @@ def run(
         if guard is not None and guard.cancelled:
             return _wire.SKIPPED, order, (), 0, None
         skip = (_FRAMES_OF_A_CHUNK if frame.flags & _wire.CHUNK else 1) + (guard is not None)
-        return _wire.RAISED, number, [_raised.dumps(error, skip=skip)], _elapsed_since(begun), None
+        return raised(frame, error, begun, skip=skip)
+    return returned(frame, result, fn, begun)
+
+
+def received(
+    frame: _wire.Frame, open_segment: _call.Open | None
+) -> tuple[Context, Callable[..., Any], Any, dict[str, Any]]:
+    """The context of a job, its function, and its arguments.
+
+    Raises:
+        UnknownNameError: send it by value.
+        PayloadError: it cannot be unpickled here, in any way.
+    """
+    context = Context()
+    if frame.flags & _wire.CARRIES:
+        carried, length = _context.taken(frame.body)
+        frame.body = memoryview(frame.body)[length:]
+        context.run(_context.enter, carried)
+    elif _context.has_trace_id():
+        _context.set_trace_id(None)
+    fn, args, kwargs = _call.receive(frame, open_segment)
+    return context, fn, args, kwargs
+
+
+def refusal(frame: _wire.Frame, error: Exception, begun: int) -> Reply:
+    """The reply to a call that could not be received."""
+    if isinstance(error, PayloadError):
+        return raised(frame, error, begun, skip=0)
+    return _wire.REFUSED, frame.number, [str(error).encode()], 0, None
+
+
+def raised(frame: _wire.Frame, error: BaseException, begun: int, *, skip: int) -> Reply:
+    """The reply of a job that has raised; so many frames of its traceback are ours."""
+    body = _raised.dumps(error, skip=skip)
+    return _wire.RAISED, frame.number, [body], _elapsed_since(begun), None
+
+
+def returned(frame: _wire.Frame, result: Any, fn: Callable[..., object], begun: int) -> Reply:
+    """The reply of a job that has returned."""
     elapsed = _elapsed_since(begun)
     if _payload.is_plain(result):
-        return _wire.RESULT, number, (pickle.dumps(result, 5),), elapsed, None
+        return _wire.RESULT, frame.number, (pickle.dumps(result, 5),), elapsed, None
     return _result(frame, result, fn, elapsed)
 
 

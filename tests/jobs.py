@@ -11,6 +11,10 @@ def echo(value):
     return value
 
 
+async def echo_later(value):
+    return value
+
+
 def add(a, b=0):
     return a + b
 

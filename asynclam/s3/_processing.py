@@ -104,5 +104,5 @@ def process_many(
 def _start(
     executor: Executor, batch: _remote.Batch, chunk: Any, _: int
 ) -> asyncio.Future[list[Any]]:
-    job = executor.run_cpu(_remote.process, batch, chunk)
+    job = executor.run_async(_remote.process, batch, chunk)
     return asyncio.get_running_loop().create_task(job)

@@ -1,10 +1,9 @@
 """In a worker: a client that is kept, and jobs that download objects and process them there.
 
-Theory of operation. A worker runs one job at a time, in its main thread, and has no event loop. Such
-a job runs one until it is done: it keeps some requests under way, and calls the function on the loop
-as objects arrive; meanwhile the kernel receives what comes for the others. Loop and client stay, for
-the next job, and end with the worker. What interrupts a job other than by an exception of its own
-(a soft cancel) leaves the loop in an unknown state, so both are given up then.
+Theory of operation. Such a job is a coroutine: it keeps some requests under way, and calls the function
+on the worker's loop as objects arrive; meanwhile the kernel receives what comes for the others, and
+those of the job beside it. The client belongs to that loop, so it is there for the next job, and ends
+with the worker.
 """
 
 from __future__ import annotations
@@ -21,13 +20,7 @@ from ._together import together
 
 preload()  # in the fork server, which imports this module for the first job: its workers share it
 
-
-class _Site(NamedTuple):
-    loop: asyncio.AbstractEventLoop
-    client: Client
-
-
-_sites: dict[bytes, _Site] = {}  # by the settings of their clients, as they were sent
+_clients: dict[bytes, asyncio.Task[Client]] = {}  # by their settings, as they were sent
 
 
 class Batch(NamedTuple):
@@ -48,32 +41,24 @@ class Batch(NamedTuple):
     return_exceptions: bool
 
 
-def process(batch: Batch, keys: Sequence[str]) -> list[Any]:
+async def process(batch: Batch, keys: Sequence[str]) -> list[Any]:
     """The results for these objects, in the order of their keys."""
-    site = _site(batch.settings)
+    s3 = await _client(batch.settings)
     results: list[Any] = [None] * len(keys)
     turns = iter(enumerate(keys))  # that the tasks share
-    try:
-        site.loop.run_until_complete(
-            together(
-                _take_turns(site.client, batch, turns, results)
-                for _ in range(min(batch.concurrency, len(keys)))
-            )
-        )
-    except Exception:
-        raise
-    except BaseException:
-        del _sites[batch.settings]
-        raise
+    await together(
+        _take_turns(s3, batch, turns, results) for _ in range(min(batch.concurrency, len(keys)))
+    )
     return results
 
 
-def _site(settings: bytes) -> _Site:
-    if settings not in _sites:
-        loop = asyncio.new_event_loop()
+async def _client(settings: bytes) -> Client:
+    """The client with these settings; made once, also if several jobs ask for it meanwhile."""
+    making = _clients.get(settings)
+    if making is None or (making.done() and (making.cancelled() or making.exception())):
         entering = client(**pickle.loads(settings)).__aenter__()
-        _sites[settings] = _Site(loop, loop.run_until_complete(entering))
-    return _sites[settings]
+        making = _clients[settings] = asyncio.ensure_future(entering)
+    return await asyncio.shield(making)  # a job that is cancelled is not the only one
 
 
 async def _take_turns(

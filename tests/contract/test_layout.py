@@ -33,10 +33,13 @@ ARROWS = {
         "_call", "_context", "_descriptors", "_guard", "_limits", "_payload", "_raised", "_records",
         "_segments", "_steps", "_wire", "_errors",
     },
+    "_loops": set(),
+    "_coroutines": {"_call", "_errors", "_loops", "_raised", "_records", "_wire", "_worker"},
     "_recipe": {"_limits", "_records"},
     "_life": {"_descriptors"},
     "_server": {
-        "_descriptors", "_guard", "_life", "_limits", "_memory", "_recipe", "_wire", "_worker",
+        "_coroutines", "_descriptors", "_guard", "_life", "_limits", "_memory", "_recipe", "_wire",
+        "_worker",
     },
     "_forkserver": {"_descriptors", "_life", "_server", "_worker"},
     # ---- the asyncio line: nothing above this comment imports asyncio or anyio ----
@@ -48,7 +51,7 @@ ARROWS = {
         "_call", "_channel", "_errors", "_forkserver", "_grace", "_job", "_life", "_memory",
         "_payload", "_raised", "_recipe", "_records", "_segments", "_turns", "_wire", "_worker",
     },
-    "_inline": {"_call", "_errors", "_job", "_steps", "_turns", "_wire", "_worker"},
+    "_inline": {"_call", "_coroutines", "_errors", "_job", "_steps", "_turns", "_wire", "_worker"},
     "_pools": {"_inline", "_pool"},
     "_chunks": set(),
     "_sources": set(),
@@ -62,7 +65,7 @@ ARROWS = {
     },
     "_default": {"_executor", "_sources", "_streams"},
     "_snapstart": {"_default"},
-    "_sandbox": set(),
+    "_sandbox": {"_loops"},
     "_deadline": {"_context", "_errors", "_executor"},
     "_handler": {
         "_call", "_context", "_deadline", "_default", "_errors", "_executor", "_sandbox", "_server",
@@ -102,6 +105,7 @@ ARROWS = {
     },
 }  # fmt: skip
 BELOW_ASYNCIO = list(ARROWS)[: list(ARROWS).index("_channel")]
+BELOW_ASYNCIO.remove("_loops")  # loaded in a worker by the first coroutine
 ROOMS = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("s3/*.py")])
 
 

@@ -102,7 +102,7 @@ def test_a_reply_is_followed_by_a_look(ends):
         def send(self, data, flags):
             return ours.send(data, flags)
 
-    worker = _worker.Worker(Channel(), lambda order: True, lambda: None)
+    worker = _worker.Worker(Channel(), lambda order: True, lambda: None, lambda *_: None)
     worker._reply(_wire.READY, 0, [b"pid"])
     reply, record = received(theirs)
     assert (reply.kind, record.kind, record.body) == (_wire.READY, _wire.RECORD, b"of a thread")

@@ -71,11 +71,11 @@ def type_name(thing: object) -> str:
     return type(thing).__name__
 
 
-def count_sites() -> int:
+def count_clients() -> int:
     """How many clients this worker keeps."""
     from asynclam.s3 import _remote
 
-    return len(_remote._sites)
+    return len(_remote._clients)
 
 
 def fails(item: tuple[str, SharedBuffer]) -> None:

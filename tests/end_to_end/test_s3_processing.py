@@ -52,7 +52,7 @@ async def test_every_object_is_processed_in_a_worker(
         listed = s3.list_objects(s3_client, bucket, "bulk/")
         found = [item async for item in batches(keys=listed, ordered=True, chunksize=3)]
         assert found == expected
-        assert await executor.run_cpu(s3_jobs.count_sites) == 1
+        assert await executor.run_cpu(s3_jobs.count_clients) == 1
 
 
 async def test_other_settings_are_another_client(
@@ -69,7 +69,7 @@ async def test_other_settings_are_another_client(
                 max_concurrency=concurrency,
                 **settings,
             )
-        assert await executor.run_cpu(s3_jobs.count_sites) == 2
+        assert await executor.run_cpu(s3_jobs.count_clients) == 2
 
 
 async def test_errors_end_the_stream_or_take_their_places(
@@ -88,10 +88,10 @@ async def test_errors_end_the_stream_or_take_their_places(
         assert (str(results[0]), str(results[2])) == ("bulk/00", "bulk/01")
 
 
-async def test_a_stream_that_is_left_and_a_worker_that_dies(
+async def test_a_stream_that_is_left(
     bucket: str, objects: dict[str, bytes], settings: dict[str, Any], gate: Gate
 ) -> None:
-    """Leaving cancels the jobs; a death fails the objects of its job, and no others."""
+    """Leaving cancels the jobs, also if the function would never return; others run after them."""
     async with asynclam.Executor(1) as executor:
         batches = partial(
             s3.process_many, bucket, fn=s3_jobs.hold(gate.path), executor=executor, **settings
@@ -101,6 +101,21 @@ async def test_a_stream_that_is_left_and_a_worker_that_dies(
             await gate.entered()
             reading.cancel()
             await asyncio.wait([reading])
+        digests = s3.process_many(
+            bucket, ["bulk/00"], s3_jobs.named_digest, executor=executor, **settings
+        )
+        found = await asyncio.wait_for(digests.list(), PATIENCE)
+    assert found == [("bulk/00", hashlib.sha256(objects["bulk/00"]).hexdigest())]
+
+
+async def test_a_worker_that_dies(
+    bucket: str, objects: dict[str, bytes], settings: dict[str, Any], gate: Gate
+) -> None:
+    """It fails the objects that it had begun, and no others."""
+    async with asynclam.Executor(2) as executor:
+        batches = partial(
+            s3.process_many, bucket, fn=s3_jobs.hold(gate.path), executor=executor, **settings
+        )
         async with batches(keys=list(objects)[:4], chunksize=2, return_exceptions=True) as stream:
             results = asyncio.ensure_future(stream.list())
             os.kill(await gate.entered(), signal.SIGKILL)

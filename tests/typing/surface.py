@@ -18,6 +18,7 @@ from asynclam import (
     map_io,
     prepare,
     remaining,
+    run_async,
     run_blocking,
     run_cpu,
     s3,
@@ -48,6 +49,9 @@ async def calls() -> None:
     assert_type(await run_cpu(parse, b""), int)
     assert_type(await run_cpu(parse, b"", strict=True), int)
     assert_type(await run_blocking(parse, b""), int)
+    assert_type(await run_async(download, "key"), bytes)
+    await run_async(download, 5)  # pyright: ignore[reportArgumentType]
+    await run_async(parse, b"")  # pyright: ignore[reportArgumentType]
     await run_cpu(parse, "text")  # pyright: ignore[reportArgumentType]
     await run_cpu(parse)  # pyright: ignore[reportCallIssue]
     await run_cpu(parse, b"", loose=True)  # pyright: ignore[reportCallIssue]
