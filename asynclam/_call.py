@@ -7,8 +7,8 @@ is then sent again by value. A function by value is never kept: its closure and 
 
 from __future__ import annotations
 
+import _pickle as pickle
 import functools
-import pickle
 import struct
 import sys
 import types

@@ -11,8 +11,8 @@ what the runtime itself goes by (``context.get_remaining_time_in_millis``).
 
 from __future__ import annotations
 
+import _pickle as pickle
 import os
-import pickle
 import struct
 import sys
 from collections.abc import Iterable

@@ -22,11 +22,11 @@ runs without the GIL meanwhile, and ends when nothing is left. The loop process 
 
 from __future__ import annotations
 
+import _pickle as pickle
 import _thread
 import errno
 import mmap
 import os
-import pickle
 import sys
 import threading
 from collections import deque

@@ -8,8 +8,8 @@ and ``__notes__`` are what they were. A class that defines its own ``__reduce__`
 
 from __future__ import annotations
 
+import _pickle as pickle
 import io
-import pickle
 import struct
 import sys
 from typing import Any

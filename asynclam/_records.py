@@ -22,8 +22,8 @@ set stays until the loop process changes that of the same logger.
 
 from __future__ import annotations
 
+import _pickle as pickle
 import os
-import pickle
 import signal
 import socket
 import sys

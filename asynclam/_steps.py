@@ -18,9 +18,9 @@ So grows a dictionary or set that is loaded.
 
 from __future__ import annotations
 
+import _pickle as pickle
 import gc
 import itertools
-import pickle
 from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
 from typing import Any

@@ -16,8 +16,8 @@ replies means the same.
 
 from __future__ import annotations
 
+import _pickle as pickle
 import os
-import pickle
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence

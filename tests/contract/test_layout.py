@@ -155,13 +155,15 @@ def test_the_door_is_lazy():
 
 @pytest.mark.alone
 def test_a_job_does_not_load_anyio():
-    """``run_cpu`` alone loads no anyio, cloudpickle or multiprocessing, and little of the rest."""
+    """``run_cpu`` alone loads no anyio, cloudpickle, pickle.py or multiprocessing, and little of the rest."""
     loaded = run(
         "import asyncio, sys, asynclam\n"
         "if __name__ == '__main__':\n"
         "    asyncio.run(asynclam.run_cpu(abs, -1)); print(*sys.modules)"
     )
-    assert not {"anyio", "cloudpickle", "multiprocessing", "aiobotocore", "uvloop"} & loaded
+    assert (
+        not {"anyio", "cloudpickle", "pickle", "multiprocessing", "aiobotocore", "uvloop"} & loaded
+    )
     assert (
         not {"asynclam._streams", "asynclam._threads", "asynclam._segments", "dataclasses"} & loaded
     )
