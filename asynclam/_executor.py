@@ -463,6 +463,15 @@ class Executor:
 
             _forkserver.ensure(self._start_method)
 
+    def prestart(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Starts a worker for a loop that need not run yet: its first job finds it there."""
+        from . import _server
+
+        if not self._max_workers or _server.role != "loop process":
+            return
+        if self._process == os.getpid() and self._entered in (None, loop) and not self._closed:
+            self._pool_of(loop).prestart()  # type: ignore[union-attr]
+
     # --- its life --------------------------------------------------------------------------------
 
     def statistics(self) -> Statistics:

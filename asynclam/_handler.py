@@ -241,7 +241,7 @@ class Handler(Generic[Event, Context, Result]):
     # --- its life --------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Forks the fork server, makes the loop and enters the lifespan; once.
+        """Forks the fork server, makes the loop, enters the lifespan and starts a worker; once.
 
         As the last line of the module it does so at init, where Lambda does not throttle the CPU.
         In a worker or in the fork server, which import the same module, it does nothing.
@@ -271,6 +271,7 @@ class Handler(Generic[Event, Context, Result]):
         default_executor().prepare()
         self._watch_termination()
         self._sandbox = Sandbox(self.lifespan)
+        default_executor().prestart(self._sandbox.loop)
         atexit.register(self.close)
         if self._is_terminated:
             self._end_by_signal()

@@ -7,7 +7,7 @@ the fork server, one channel a worker, and the page of marks.
                  └──FAILED, NOT_STARTED, death──► failed start  (killed or retired: DYING at once)
 
 A job is sent to an idle worker or waits in the queue. Workers are started when jobs wait, up to
-``max_workers``, and live on.
+``max_workers``, and live on; the first of a Lambda handler is started before there is a job.
 
 Pipelining. A job that takes microseconds would wait longer for its turn than it runs. So once all
 workers are there, a job may be sent to a busy one, as long as all that the worker has is expected,
@@ -221,6 +221,18 @@ class Pool:
             self._queue[job.number] = job
             self._start_workers()
         return job
+
+    def prestart(self) -> None:
+        """Starts a worker ahead of the first job, where a fork is all that it takes.
+
+        A spawned server had better know what the job needs: it imports that once, for all workers.
+        """
+        try:
+            forked = _forkserver.ensure(self._plan.start_method).forked
+        except OSError:  # the first job tries again, and tells who waits for it
+            return
+        if forked and not self.alive:
+            self._start_worker()
 
     def expect(self) -> None:
         """A call is about to come: a close waits for it, as for the jobs."""

@@ -110,6 +110,46 @@ def test_start_at_init(handlers):
     assert lifespan.events == ["enter"]
 
 
+def test_a_worker_is_started_at_init(handlers, monkeypatch):
+    """The first job finds a worker that has the environment of the end of the init, and starts none."""
+    monkeypatch.setenv("OF_THE_LIFESPAN", "not yet")
+
+    @asynccontextmanager
+    async def lifespan():
+        os.environ["OF_THE_LIFESPAN"] = "here"
+        yield
+
+    async def handler(event, context):
+        return await run_cpu(os.getenv, "OF_THE_LIFESPAN"), executor.statistics()
+
+    executor = Executor(2, start_method="fork")
+    handler = handlers(handler, lifespan=lifespan, executor=executor)
+    handler.start()
+    assert alive(executor.statistics()) == 1
+    value, statistics = handler(None, None)
+    assert (value, alive(statistics)) == ("here", 1)
+    executor.kill()
+
+
+@pytest.mark.parametrize("how", [{"start_method": "spawn"}, {"max_workers": 0}], ids=str)
+def test_no_worker_is_started_at_init(handlers, how):
+    """A spawned server is to know first what the job imports; without workers there is none."""
+    executor = Executor(**how)
+    handler = handlers(echo, executor=executor)
+    handler.start()
+    assert alive(executor.statistics()) == 0
+    executor.kill()
+    assert handler(1, 2) == {"event": 1, "context": 2}  # who needs no job needs no executor
+    handler.close()
+    handler.start()
+    assert alive(executor.statistics()) == 0
+
+
+def alive(statistics):
+    """How many workers there are, ready or not."""
+    return statistics.workers_starting + statistics.workers_idle + statistics.workers_busy
+
+
 def test_a_lifespan_that_fails(handlers):
     """What the lifespan raises is raised at the start, and at the next invocation it is tried again."""
     attempts = []
