@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import invocation, large, lives, s3, small, start, web, work
+from . import cold, invocation, large, lives, s3, small, start, web, work
 from .rows import Row
 
 ROWS: dict[int, Row] = {
@@ -15,6 +15,7 @@ ROWS: dict[int, Row] = {
             *work.ROWS,
             *web.ROWS,
             *invocation.ROWS,
+            *cold.ROWS,
             *s3.ROWS,
             *lives.ROWS,
         ),
