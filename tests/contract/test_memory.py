@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import deque
 
 import pytest
 
@@ -390,3 +391,73 @@ def test_repr():
     assert repr(buffer) == "<SharedBuffer [1,000,000 bytes]>"
     buffer.close()
     assert repr(buffer) == "<SharedBuffer [1,000,000 bytes, closed]>"
+
+
+# --- ways that are not there ---------------------------------------------------------------------
+
+
+def test_a_machine_whose_system_calls_are_not_known(monkeypatch):
+    """There the call cannot be made without its number, and the next way is tried."""
+    monkeypatch.setattr(_memory, "_SYSCALLS", {})
+    with pytest.raises(OSError, match="not known here") as caught:
+        _memory._syscall(1)
+    assert caught.value.errno in _memory._IMPOSSIBLE
+
+
+def test_a_python_without_ctypes(monkeypatch):
+    """There the next way is tried."""
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+    with pytest.raises(OSError, match="no ctypes") as caught:
+        _memory._syscall(1)
+    assert caught.value.errno in _memory._IMPOSSIBLE
+
+
+def test_a_system_call_that_fails(monkeypatch):
+    """Its error is the one of the kernel."""
+    monkeypatch.setattr(_memory, "_SYSCALLS", dict.fromkeys(_memory._SYSCALLS, -1))
+    with pytest.raises(OSError, match="memfd_create: ") as caught:
+        _memory._syscall(1)
+    assert caught.value.errno == errno.ENOSYS
+
+
+def test_a_system_without_huge_pages(monkeypatch):
+    """Large blank objects are made without that advice."""
+    monkeypatch.delattr(_memory.mmap, "MADV_HUGEPAGE")
+    blank, view = _memory.blank(bytearray, _memory._OWN_MAPPING)
+    view[-1] = 1
+    assert blank[-1] == 1
+    del view
+
+
+def test_reading_behind_the_end():
+    """A buffer that has less than is wanted says so, instead of waiting for more."""
+    with SharedBuffer(4) as buffer, pytest.raises(EOFError, match="before byte 6"):
+        _memory.read_at(buffer, 2, memoryview(bytearray(4)))
+
+
+def test_a_map_that_dies_when_none_are_dropped_in_a_thread_any_more(in_thread):
+    """It dies in place, and leaves no thread behind."""
+    _memory.drop_in_place()
+    _memory._drop(object())
+    assert _memory._dropped is None
+    assert not _memory._dropping.locked()
+
+
+class ArrivesLate(deque):
+    """What is given to the thread between its last look and its end."""
+
+    def __bool__(self):
+        if not len(self) and not _memory._dropping.locked() and self.late:
+            self.append(self.late.pop())
+        return len(self) > 0
+
+
+def test_what_arrives_after_the_last_look(in_thread):
+    """The thread that is about to end takes it, for nobody else has been started."""
+    dropped = ArrivesLate()
+    dropped.late = ["late"]
+    assert _memory._dropping.acquire(blocking=False)
+    _memory._drop_all(dropped)
+    assert not dropped.late
+    assert not len(dropped)
+    assert not _memory._dropping.locked()

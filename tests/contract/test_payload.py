@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import functools
 import math
+import pickle
 import sys
 import threading
 import traceback
@@ -13,7 +14,7 @@ import unittest.mock
 import numpy as np
 import pytest
 
-from asynclam import PayloadError, _call, _payload, _raised, _wire
+from asynclam import PayloadError, _call, _errors, _payload, _raised, _wire
 from tests import jobs
 
 
@@ -369,3 +370,251 @@ def test_a_class_that_the_caller_lacks():
     assert type(arrived) is PayloadError
     assert "only_in_the_worker.Special: text" in str(arrived)
     assert "In worker 4711" in "".join(traceback.format_exception(arrived))
+
+
+# --- what is odd about a call ----------------------------------------------------------------------
+
+
+class Interrupted:
+    """Pickled for the n-th time, it is Ctrl-C; before that it cannot be pickled."""
+
+    def __init__(self, at):
+        self._left = at
+
+    def __reduce__(self):
+        self._left -= 1
+        if self._left <= 0:
+            raise KeyboardInterrupt
+        raise TypeError("not picklable")
+
+
+# Refused by pickle, by cloudpickle, and then Ctrl-C while it is found out which argument it was.
+@pytest.mark.parametrize("at", [1, 3])
+def test_ctrl_c_while_a_call_is_pickled(at):
+    """It is raised as it is, also while the culprit is looked for: it says nothing of the call."""
+    with pytest.raises(KeyboardInterrupt):
+        _call.Call(jobs.echo, (Interrupted(at),), {})
+
+
+class OddList(list):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("not as a whole")
+
+
+class OddDict(dict):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("not as a whole")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (OddList([1, 2]), "of type OddList"),
+        (OddDict(a=1), "of type OddDict"),
+        ({"good": 1, "bad": threading.Lock()}, "dict, its item 'bad' is of type lock"),
+    ],
+)
+def test_which_item_is_to_blame(value, said):
+    """Of a container the item is named that cannot be pickled; if all can, it is the container."""
+    with pytest.raises(PayloadError) as caught:
+        _call.Call(jobs.echo, (value,), {})
+    assert said in str(caught.value)
+
+
+def test_functions_that_are_defined_again_and_again(monkeypatch):
+    """What is remembered of functions is bounded, and forgotten ones still go by reference."""
+    monkeypatch.setattr(_call, "_references", {})
+    monkeypatch.setattr(_call, "_MOST_REFERENCES", 2)
+    for fn in (jobs.echo, jobs.add, jobs.pid, jobs.echo):
+        assert received(_call.Call(fn, (), {}))[0] is fn
+        assert len(_call._references) <= 2
+
+
+@pytest.fixture
+def vanishing():
+    """A module that a worker will not find."""
+    module = types.ModuleType("tests_vanishing")
+    sys.modules[module.__name__] = module
+    exec("def fn(*args):\n    return args", vars(module))
+    exec("import threading; lock = threading.Lock()\ndef locked():\n    return lock", vars(module))
+    yield module
+    sys.modules.pop(module.__name__, None)
+    _call._references.clear()
+
+
+def test_by_value_after_a_refusal(vanishing):
+    """A refused call goes by value with all its arguments, and needs the module no more."""
+    array = np.arange(10_000)
+    call = _call.Call(vanishing.fn, (array,), {})
+    assert call.parts, "a payload of its own"
+    call.turn_to_value("ModuleNotFoundError")
+    del sys.modules[vanishing.__name__]
+    fn, args, _ = received(call)
+    assert fn is not vanishing.fn
+    assert np.array_equal(fn(*args)[0], array)
+
+
+def test_the_users_own_registration_stays(vanishing):
+    """What a user has told cloudpickle of a module holds after a call has gone by value."""
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(vanishing)
+    _call.Call(vanishing.fn, (1,), {}).turn_to_value("refused")
+    assert vanishing.__name__ in cloudpickle.list_registry_pickle_by_value()
+    cloudpickle.unregister_pickle_by_value(vanishing)
+
+
+def test_by_value_where_the_module_is_gone(vanishing):
+    """A function goes by value though its module was unloaded since the call was made."""
+    call = _call.Call(vanishing.fn, (1,), {})
+    del sys.modules[vanishing.__name__]
+    call.turn_to_value("refused")
+    fn, args, _ = received(call)
+    assert fn(*args) == (1,)
+
+
+def test_neither_by_reference_nor_by_value(vanishing):
+    """The error says what the worker has refused, and what stands in the way of the function."""
+    call = _call.Call(vanishing.locked, (), {})
+    with pytest.raises(PayloadError, match=r"tests_vanishing\.locked .*\(no such module\).*lock"):
+        call.turn_to_value("no such module")
+
+
+def vanished():
+    raise AttributeError("no such attribute here")
+
+
+class Vanished:
+    def __reduce__(self):
+        return vanished, ()
+
+
+def test_a_name_that_is_missing_by_value():
+    """A call by value cannot be sent in another way: what it lacks is its error, not a refusal."""
+    call = _call.Call(jobs.echo, (Vanished(),), {})
+    with pytest.raises(_call.UnknownNameError):
+        received(call)
+    call.turn_to_value("refused")
+    with pytest.raises(PayloadError, match="no such attribute here"):
+        received(call)
+
+
+def test_a_payload_that_is_cut_off():
+    """Less than its table says is an error, never a shorter object."""
+    body = b"".join(_payload.dumps(np.arange(10_000)).parts)
+    with pytest.raises(ValueError, match="cut off"):
+        _payload.loads(bytearray(body[:-1]), _wire.BUFFERS, [])
+
+
+def test_what_another_program_run_is_given(monkeypatch):
+    """What is defined in ``__main__`` goes by value: another run may know another, or none."""
+
+    def scale(value):
+        return 3 * value
+
+    scale.__module__, scale.__qualname__ = "__main__", "scale"
+    monkeypatch.setattr(sys.modules["__main__"], "scale", scale, raising=False)
+    data = _payload.dumps_whole(scale)
+    monkeypatch.delattr(sys.modules["__main__"], "scale")
+    assert pickle.loads(data)(2) == 6
+
+
+# --- what is odd about an exception ----------------------------------------------------------------
+
+
+class NoText(Exception):
+    def __str__(self):
+        raise SystemExit("no text")
+
+
+def test_the_reason_of_an_error_without_a_text():
+    """An exception whose text cannot be had is named all the same."""
+    assert _errors.reason_of(NoText()) == "NoText: <its __str__ raised SystemExit>"
+
+
+class Impatient(Exception):
+    def __init__(self, *args):
+        super().__init__(*args)
+
+    def __str__(self):
+        raise KeyboardInterrupt
+
+    def __repr__(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "told", [_errors.reason_of, lambda error: _errors._shown(Exception(error))]
+)
+def test_ctrl_c_while_an_error_is_told(told):
+    """It is not taken for an error of the error."""
+    with pytest.raises(KeyboardInterrupt):
+        told(Impatient())
+
+
+def test_a_traceback_that_cannot_be_formatted(monkeypatch):
+    """The exception arrives without it, and says so."""
+    monkeypatch.setattr(traceback, "format_exception", unittest.mock.Mock(side_effect=OSError))
+    error = _raised.loads(_raised.dumps(KeyError("key")), "a job", 1)
+    monkeypatch.undo()
+    assert isinstance(error, KeyError)
+    assert "(no traceback: OSError)" in "".join(traceback.format_exception(error))
+
+
+class Unnameable(Exception):
+    """What not even its class can be pickled of."""
+
+
+def test_an_exception_of_which_nothing_can_be_pickled(monkeypatch):
+    """It is told by its name and text, and by what stands in the way."""
+    monkeypatch.setattr(_raised, "_dump", unittest.mock.Mock(side_effect=RecursionError))
+    body = _raised.dumps(Unnameable("why"))
+    error = _raised.loads(body, "tests.job", 1)
+    assert isinstance(error, PayloadError)
+    assert "tests.job raised" in str(error)
+    assert "Unnameable: why" in str(error)
+    assert "its class cannot be pickled" in str(error)
+
+
+def interrupting():
+    raise KeyboardInterrupt
+
+
+class InterruptsWhoUnpickles(Exception):
+    def __reduce__(self):
+        return interrupting, ()
+
+
+class BecomesText(Exception):
+    def __reduce__(self):
+        return str, ("text",)
+
+
+def body_of(error):
+    """A RAISED frame's body, whatever the exception's own reduction says of it."""
+    summary = pickle.dumps(("Name", "text", "traceback"))
+    return _raised._LENGTH.pack(len(summary)) + summary + pickle.dumps(error)
+
+
+def test_ctrl_c_while_an_exception_is_unpickled():
+    """It is raised: as likely as not it is no part of the exception."""
+    with pytest.raises(KeyboardInterrupt):
+        _raised.loads(body_of(InterruptsWhoUnpickles()), "a job", 1)
+
+
+def test_an_exception_that_becomes_something_else():
+    """What is no exception when it arrives cannot be raised, and the error says so."""
+    error = _raised.loads(body_of(BecomesText()), "a job", 1)
+    assert isinstance(error, PayloadError)
+    assert "it became a str" in str(error)
+
+
+def test_the_traceback_where_exceptions_have_no_notes(monkeypatch):
+    """It is the last of the causes, also where these run in a circle."""
+    monkeypatch.setattr(_raised, "sys", types.SimpleNamespace(version_info=(3, 10)))
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    _raised._show(first, "In worker 1:\nthe traceback")
+    assert first.__cause__ is second
+    assert isinstance(second.__cause__, _raised.WorkerTraceback)
+    assert str(second.__cause__) == "\nIn worker 1:\nthe traceback"

@@ -5,6 +5,7 @@ import gc
 import os
 import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -457,3 +458,17 @@ def test_a_fork_may_look_for_longer(pair):
     pair.send(b"y" * (MIB // 2))
     pair.exchange_notes()
     assert (len(pair.there.incoming), len(pair.here.outgoing)) == (1, 1), "as always"
+
+
+def test_a_quarter_of_the_maps_where_they_cost_no_descriptor(monkeypatch):
+    """From Python 3.13 it is the system's limit of maps that counts, not that of descriptors."""
+    monkeypatch.setattr(_segments, "sys", types.SimpleNamespace(version_info=(3, 13)))
+    assert _segments._most_maps() == 65_530 // 4
+
+
+def test_a_lease_that_is_cancelled_after_the_end_is_closed(pair):
+    """The segment is gone already, and does not come back."""
+    lease = pair.lease(b"x" * MIB)
+    pair.here.close()
+    pair.here.outgoing.cancel(lease)
+    assert len(pair.here.outgoing) == 0

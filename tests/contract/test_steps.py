@@ -429,3 +429,43 @@ def test_through_a_segment():
     assert len(here.outgoing) == 1
     here.close()
     there.close()
+
+
+class Small:
+    """It sets a small buffer aside, which is not worth a part of its own."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __reduce__(self):
+        return bytes, (pickle.PickleBuffer(self.data),)
+
+
+def test_small_buffers_are_in_the_pickle(small):
+    """A buffer that costs less inside the pickle than beside it stays inside, and arrives."""
+    payload = run(dump_steps([Small(b"abc")]))
+    assert there_and_back([Small(b"abc")]) == [b"abc"]
+    contents = _payload.split(memoryview(b"".join(payload.parts)))
+    assert {kind for kind, _ in contents} == {_payload.PICKLE}
+
+
+def test_a_change_while_cloudpickle_dumps(small):
+    """It is told as such, not as what pickle had refused before."""
+    items = [lambda: 1, 2, 3, 4]
+    steps = dump_steps(items, by_value=True)
+    next(steps)
+    items.append(5)
+    with pytest.raises(_steps.ChangedError, match="list changed its size"):
+        run(steps)
+
+
+def test_the_file_of_an_unpickler():
+    """A section is read as a file is: into memory, in lines, and no further than its end."""
+    source = _steps._Sections()
+    source.open(memoryview(b"abc\ndef"))
+    into = bytearray(2)
+    assert (source.readinto(memoryview(into)), into) == (2, b"ab")
+    assert (source.readline(), source.readline()) == (b"c\n", b"def")
+    source.open(memoryview(b"x"))
+    into = bytearray(b"....")
+    assert (source.readinto(memoryview(into)), into) == (1, b"x...")
