@@ -557,7 +557,9 @@ def _warn(place: tuple[str, int, str | None], pickled: bytes, text: tuple[str, s
         except Exception:
             pass  # a class that is not known here
     registry = _registries.setdefault(filename, {})
-    warnings.warn_explicit(message, category, filename, line, module, registry)
+    # Of code that is compiled there is none; given as None, the warning would be passed over.
+    named: dict[str, Any] = {} if module is None else {"module": module}
+    warnings.warn_explicit(message, category, filename, line, registry=registry, **named)
 
 
 _HANDLERS: dict[str, Callable[..., None]] = {_RECORD: _handle_record, _WARNING: _warn}

@@ -1,10 +1,13 @@
 """What a worker says besides its replies: whole frames, in order, never blocking, within limits."""
 
+import io
 import logging
 import pickle
 import signal
 import socket
+import sys
 import threading
+import types
 
 import pytest
 
@@ -229,3 +232,183 @@ def test_attributes_of_a_record_factory():
         logging.setLogRecordFactory(before)
     assert "request" not in state
     assert state["user"] == "extra"
+
+
+# --- what is odd about a record, and a warning ---------------------------------------------------
+
+
+class NoRepr:
+    def __repr__(self):
+        raise RecursionError
+
+    def __reduce__(self):
+        raise TypeError("not picklable")
+
+
+def record_of(msg, *args, **extra):
+    record = logging.LogRecord("tests.odd", logging.WARNING, "file", 1, msg, args, None)
+    vars(record).update(extra)
+    return record
+
+
+@pytest.fixture
+def handled(monkeypatch):
+    """Dumps a record, and hands what arrives to a handler, which has it here."""
+    arrived = []
+    monkeypatch.setattr(logging.getLogger("tests.odd"), "handle", arrived.append)
+
+    def there(record):
+        _records.received(_records._dump_record(record))()
+        return arrived[-1] if arrived else None
+
+    return there
+
+
+def test_an_extra_that_is_an_object(handled):
+    """It travels beside the message, which stays one with arguments."""
+    arrived = handled(record_of("%d bytes", 3, user=frozenset({1})))
+    assert (arrived.msg, arrived.args, arrived.user) == ("%d bytes", (3,), frozenset({1}))
+
+
+def test_a_message_that_cannot_be_formatted(handled):
+    """The record arrives as text, and says why, even where an argument cannot be shown."""
+    arrived = handled(record_of("%d and %s", "no number", NoRepr()))
+    said = arrived.getMessage()
+    assert said.startswith("'%d and %s'")
+    assert "cannot be formatted: TypeError" in said
+
+
+def test_an_extra_that_can_neither_be_pickled_nor_shown(handled):
+    """Its type is told; the objects of the message arrive."""
+    arrived = handled(record_of("%s", frozenset({1}), user=NoRepr()))
+    assert arrived.user == "<NoRepr, its __repr__ raised RecursionError>"
+    assert arrived.args == (frozenset({1}),)
+
+
+def test_a_record_factory_that_wants_more(handled):
+    """What it adds cannot be known, so it travels."""
+
+    def factory(name, *args):
+        raise LookupError(name)
+
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(factory)
+    try:
+        body = _records._dump_record(record_of("text", request="1"))
+    finally:
+        logging.setLogRecordFactory(before)
+    _, state, _, _ = pickle.loads(body)
+    assert state["request"] == "1"
+
+
+def test_a_level_that_was_raised_meanwhile(handled):
+    """What the worker was told to send and nobody wants any more is not handled."""
+    logger = logging.getLogger("tests.odd")
+    logger.setLevel(logging.ERROR)
+    try:
+        assert handled(record_of("text")) is None
+    finally:
+        logger.setLevel(logging.NOTSET)
+
+
+def test_an_exception_that_cannot_be_rebuilt(handled):
+    """A log shows one of the same name and text, with the frames in which it was raised."""
+
+    class LocalError(Exception):
+        def __reduce__(self):
+            return vars, (1,)
+
+    record = record_of("failed")
+    try:
+        raise LocalError("why")
+    except LocalError:
+        record.exc_info = sys.exc_info()
+    kind, error, traceback = handled(record).exc_info
+    assert (kind.__name__, str(error)) == ("LocalError", "why")
+    assert traceback.tb_frame.f_code.co_name == "test_an_exception_that_cannot_be_rebuilt"
+
+
+def unknown_here():
+    raise ImportError("unknown here")
+
+
+class UnknownWarning(UserWarning):
+    def __reduce__(self):
+        return unknown_here, ()
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What is done to a worker, here, and the bodies that it sends."""
+    taken = _records._Taken()
+    taken.sent = []
+    taken.outbox = types.SimpleNamespace(put=taken.sent.append)
+    monkeypatch.setattr(_records, "_taken", taken)
+    return taken
+
+
+def test_a_warning_of_a_class_that_is_not_known_here(taken):
+    """It is issued as one of the builtin class that it is one of, with its text."""
+    _records._show_warning(UnknownWarning("text"), UnknownWarning, "no file of a module", 7)
+    place = pickle.loads(taken.sent[0])[1]
+    assert place == ("no file of a module", 7, None), "no module that runs has that file"
+    with pytest.warns(UserWarning, match="^text$") as caught:
+        _records.received(taken.sent[0])()
+    assert type(caught[0].message) is UserWarning
+    assert (caught[0].filename, caught[0].lineno) == ("no file of a module", 7)
+
+
+def test_a_warning_for_a_file(taken):
+    """What code of the worker wants to be written somewhere is written there, and not sent."""
+    written = []
+    taken.show_here = lambda *args: written.append(args)
+    file = io.StringIO()
+    _records._show_warning("text", UserWarning, "file.py", 7, file, "line")
+    assert written == [("text", UserWarning, "file.py", 7, file, "line")]
+    assert not taken.sent
+
+
+class Keeps(logging.Handler):
+    def __init__(self, level=logging.NOTSET):
+        super().__init__(level)
+        self.records = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
+def test_handlers_that_the_worker_has_made(taken):
+    """They have the records of their level, as the filters of the logger have made them."""
+    all_of_them, errors = Keeps(), Keeps(logging.ERROR)
+    logger = logging.Logger("made here")
+    logger.handlers = [all_of_them, errors]
+    other = record_of("filtered")
+    logger.filter = lambda record: other  # since Python 3.12, a filter may give another record
+    _records._handle(logger, record_of("text"))
+    assert (all_of_them.records, errors.records) == ([other], [])
+
+
+@pytest.mark.parametrize("has_handlers", [True, False])
+def test_what_a_job_forks_has_its_logging_back(taken, monkeypatch, has_handlers):
+    """There, loggers handle their records themselves, and nothing of ours is left on the root."""
+    handle, handlers = logging.Logger.handle, list(logging.root.handlers)
+    monkeypatch.setattr(logging.root, "handlers", [Keeps()] if has_handlers else [])
+    before = list(logging.root.handlers)
+    _records._take_over(logging)
+    assert logging.Logger.handle is _records._handle
+    assert len(logging.root.handlers) == 1
+    _records._give_back()
+    assert logging.Logger.handle is handle
+    assert logging.root.handlers == before
+    monkeypatch.undo()
+    assert logging.root.handlers == handlers
+
+
+def test_a_logging_that_cannot_be_found(taken, monkeypatch):
+    """A worker that watches for its import leaves the error to the import."""
+    watch = _records._Watch()
+    monkeypatch.setattr(sys, "meta_path", [watch, *sys.meta_path])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert watch.find_spec("another") is None
+    assert watch.find_spec("logging") is None
+    assert watch not in sys.meta_path
