@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from asynclam import _turns
 from asynclam._turns import Rota
 
 
@@ -130,3 +131,23 @@ async def test_cancelled_in_the_turn_of_its_end(rota, when, error):
     while not task.done():
         await asyncio.sleep(0)
     assert (task.cancelled(), dropped) == (True, ["made"] if error is None else [])
+
+
+async def test_interrupted_while_it_is_awaited(rota):
+    """Ctrl-C in a step is raised where the step is taken, and in the task that awaits it."""
+    steps = []
+
+    def interrupt(number):
+        raise KeyboardInterrupt
+
+    work_ = _turns._settle(
+        future := asyncio.get_running_loop().create_future(),
+        work(steps, "a", 3, interrupt),
+        pytest.fail,
+    )
+    next(work_)
+    next(work_)
+    with pytest.raises(KeyboardInterrupt):
+        next(work_)
+    assert isinstance(future.exception(), KeyboardInterrupt)
+    assert steps == ["a0", "a closed"]

@@ -271,3 +271,10 @@ def test_the_table_in_the_docs():
         for memory, cpus in _sizing.SIZES
         for workers in [_sizing.workers_for(cpus, memory / _sizing.MEGABYTES_PER_CPU)]
     ]
+
+
+def test_a_system_that_does_not_say_where_a_process_may_run(monkeypatch):
+    """There, all CPUs that there are count."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert _sizing.usable_cpus() == 7
