@@ -134,5 +134,4 @@ def _forget_in_child() -> None:
     _executor = None  # it is the parent's; a forked process makes one of its own
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -152,5 +152,4 @@ def _replace_private_in_child() -> None:
         _private.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_replace_private_in_child)
+os.register_at_fork(after_in_child=_replace_private_in_child)

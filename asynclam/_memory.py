@@ -108,7 +108,9 @@ def _first_that_works(nbytes: int) -> tuple[_Way, int]:
         except OSError as error:
             if error.errno not in _IMPOSSIBLE or way is _file:
                 raise
-    raise AssertionError("the last way gives a descriptor or raises")
+    raise AssertionError(
+        "the last way gives a descriptor or raises"
+    )  # pragma: no cover - unreachable
 
 
 # What says that the system, or its sandbox, lacks the call; other errors say what it ran out of.
@@ -209,7 +211,7 @@ def map_descriptor(descriptor: int, nbytes: int) -> Map:
         OSError: no memory map, or no descriptor, is left.
     """
     if sys.version_info >= (3, 13):
-        return Map(descriptor, nbytes, trackfd=False)
+        return Map(descriptor, nbytes, trackfd=False)  # pragma: no cover - a later Python
     return Map(descriptor, nbytes)
 
 
@@ -271,8 +273,7 @@ def _forget() -> None:
     _chosen = _streamed = None
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_forget)
 
 
 # --- blank objects -------------------------------------------------------------------------------

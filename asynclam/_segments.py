@@ -405,8 +405,7 @@ def _count_fork() -> None:
     _forks += 1
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_parent=_count_fork)
+os.register_at_fork(after_in_parent=_count_fork)
 
 
 class End:

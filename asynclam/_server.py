@@ -198,7 +198,7 @@ class _Server:
         except OSError as error:
             client.report(_wire.NOT_STARTED, frame.number, error.errno or 0)
         else:
-            if not pid:
+            if not pid:  # pragma: no cover - the child goes on in a frame that coverage has left
                 for other in self._clients.values():
                     other.decoder.close()  # else a half-read START would hold a sibling's channel
                 _become_worker(recipe, frame)

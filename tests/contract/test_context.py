@@ -44,7 +44,7 @@ def test_a_value_that_is_to_blame():
         another.set(threading.Lock())
         _context.Variables([variable, another]).carried(None)
 
-    with pytest.raises(PayloadError, match="'another'.*type lock"):
+    with pytest.raises(PayloadError, match=r"'another'.*type lock"):
         contextvars.copy_context().run(carry)
 
 

@@ -380,7 +380,7 @@ class Keeps(logging.Handler):
 def test_handlers_that_the_worker_has_made(taken):
     """They have the records of their level, as the filters of the logger have made them."""
     all_of_them, errors = Keeps(), Keeps(logging.ERROR)
-    logger = logging.Logger("made here")
+    logger = logging.Logger("made here")  # noqa: LOG001 - of no other's
     logger.handlers = [all_of_them, errors]
     other = record_of("filtered")
     logger.filter = lambda record: other  # since Python 3.12, a filter may give another record
