@@ -286,3 +286,60 @@ async def test_what_the_kernel_lacks_for_a_moment(ends, monkeypatch, code):
     received = next(_worker.frames(ends.theirs))
     assert len(received.descriptors) == 1
     received.close()
+
+
+async def test_more_than_a_turn_is_drained(ends, monkeypatch):
+    """A peer that is dead has all of its last words read at once, however many there are."""
+    monkeypatch.setattr("asynclam._channel._TURN", 1)
+    for number in range(3):
+        ends.theirs.sendall(b"".join(_wire.encode(_wire.RESULT, number, [bytes(70_000)])))
+    ends.theirs.close()
+    ends.channel.drain()
+    assert [frame.number for frame in ends.frames] == [0, 1, 2]
+    assert ends.reasons == [None]
+
+
+async def test_closed_before_the_retry(ends, monkeypatch):
+    """What the kernel had no room for is not sent on a descriptor that is another's by now."""
+    retries = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(ends.channel, "_loop", loop_that_collects(loop, retries))
+
+    def lacks(*_):
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    monkeypatch.setattr(_descriptors, "send", lacks)
+    ends.channel.send(_wire.encode(_wire.JOB, 1, [b"body"]))
+    assert ends.channel.is_sending
+    ends.channel.close()
+    monkeypatch.setattr(_descriptors, "send", lambda *_: pytest.fail("it is closed"))
+    (retry,) = retries
+    retry()
+
+
+def loop_that_collects(loop, retries):
+    """A loop whose timers the test calls."""
+
+    class Loop:
+        def __getattr__(self, name):
+            return getattr(loop, name)
+
+        def call_later(self, delay, callback):
+            retries.append(callback)
+
+    return Loop()
+
+
+async def test_garbage_after_a_frame_that_has_closed_the_channel(ends):
+    """Who has closed it because of that frame is told nothing more."""
+
+    def on_frames(frames):
+        ends.on_frames(frames)
+        ends.channel.close()
+
+    ends.channel._on_frames = on_frames
+    frame = b"".join(_wire.encode(_wire.RESULT, 1, [b"body"]))
+    ends.theirs.sendall(frame + b"this is no frame, but as long as the header of one")
+    await ends.until(lambda: ends.channel.closed)
+    assert [frame.number for frame in ends.frames] == [1]
+    assert ends.reasons == []

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
 import aws_xray_sdk.core
@@ -25,6 +25,7 @@ from asynclam import (
     _context,
     _deadline,
     _default,
+    _sandbox,
     lambda_handler,
     map_cpu,
     remaining,
@@ -516,6 +517,82 @@ def test_sigterm(end, printed):
     assert (done.stdout.split(), done.returncode) == (printed, -15), done.stderr
 
 
+@pytest.fixture
+def terminated(monkeypatch):
+    """SIGTERM is handled by nobody, and what a handler ends its process with is noted."""
+    killed = []
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
+    yield killed
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_between_invocations(handlers, terminated):
+    """The lifespan is left at once, then the signal is that of the process, as if unhandled."""
+    lifespan = Counted()
+
+    async def handler(event, context):
+        pass
+
+    handler = handlers(handler, lifespan=lifespan)
+    handler.start()
+    assert signal.getsignal(signal.SIGTERM) == handler._on_termination
+    signal.raise_signal(signal.SIGTERM)
+    assert (lifespan.entered, lifespan.left) == (1, 1)
+    assert terminated == [(os.getpid(), signal.SIGTERM)]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_during_an_invocation(handlers, terminated):
+    """The handler is cancelled and cleans up, then the lifespan is left, then the process ends."""
+    lifespan, steps = Counted(), []
+
+    async def handler(event, context):
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            steps.append(lifespan.left)
+
+    handler = handlers(handler, lifespan=lifespan)
+    with pytest.raises(JobExitError):
+        handler(None, None)
+    assert (steps, lifespan.left) == ([0], 1)
+    assert terminated == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_sigterm_while_the_lifespan_is_entered(handlers, terminated):
+    """It is entered to its end, and left: no invocation has begun that could be cancelled."""
+    left = []
+
+    @asynccontextmanager
+    async def lifespan():
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0)
+        yield
+        left.append(1)
+
+    async def handler(event, context):
+        pass
+
+    handlers(handler, lifespan=lifespan).start()
+    assert left == [1]
+    assert terminated == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_no_handler_of_sigterm_stays(handlers, terminated):
+    """A handler that is closed leaves the signal as it was."""
+
+    async def handler(event, context):
+        pass
+
+    handler = handlers(handler)
+    handler.start()
+    handler.close()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not terminated
+
+
 def test_a_signal_handler_of_the_user_s():
     """It stays: whoever handles SIGTERM ends the process himself, which leaves the lifespan."""
     code = PROGRAM.replace(
@@ -530,6 +607,96 @@ def test_a_signal_handler_of_the_user_s():
         check=False,
     )
     assert (done.stdout.split(), done.returncode) == (["enter", "leave"], 7), done.stderr
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Has a method of sandboxes raise Ctrl-C once it has done its work."""
+
+    def interrupt(name):
+        method = getattr(_sandbox.Sandbox, name)
+
+        def and_then(*args):
+            method(*args)
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(_sandbox.Sandbox, name, and_then)
+
+    return interrupt
+
+
+async def stubborn():
+    with suppress(asyncio.CancelledError):
+        await asyncio.get_running_loop().create_future()
+    await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize("when", ["run", "cancel_left", "retire"])
+def test_ctrl_c_during_an_invocation(handlers, interrupted, when, caplog):
+    """It ends the program, whatever of the invocation is being done; the next one runs."""
+
+    async def handler(event, context):
+        if event is not None:
+            event.append(asyncio.create_task(stubborn()))
+            await asyncio.sleep(0)
+        return "next"
+
+    handler = handlers(handler, margin=0)
+    interrupted(when)
+    with pytest.raises(KeyboardInterrupt):
+        handler([], LambdaContext(0.2))
+    assert handler(None, None) == "next"
+
+
+def test_an_error_of_the_loop():
+    """One that comes when the handler has ended is not taken for the stop of the loop."""
+
+    async def handler():
+        pass
+
+    sandbox = _sandbox.Sandbox(None)
+    run = sandbox.loop.run_until_complete
+
+    def run_and_fail(task):
+        run(task)
+        raise RuntimeError("of the loop")
+
+    sandbox.loop.run_until_complete = run_and_fail
+    with pytest.raises(RuntimeError, match="of the loop"):
+        sandbox.run(sandbox.begin(handler()))
+    sandbox.loop.run_until_complete = run
+    assert sandbox.cancel_left(0) == set(), "nothing is left"
+    sandbox.close()
+
+
+def test_a_lifespan_that_does_not_end_in_time():
+    """A loop that is given up does not wait for it, and cancels it."""
+    ends = []
+
+    @asynccontextmanager
+    async def lifespan():
+        yield
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ends.append("cancelled")
+
+    sandbox = _sandbox.Sandbox(lifespan)
+    sandbox.retire(0.001)
+    assert ends == ["cancelled"]
+    assert sandbox.loop.is_closed()
+
+
+def test_without_uvloop(monkeypatch):
+    """The loop is asyncio's own."""
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    sandbox = _sandbox.Sandbox(None)
+    assert type(sandbox.loop).__module__.startswith("asyncio.")
+    sandbox.close()
 
 
 # --- a thread, as Durable functions have it ------------------------------------------------------

@@ -151,3 +151,63 @@ def test_events():
     )
     assert (http.http_method, http.path, http.json_body) == ("POST", "/path", {"a": 1})
     assert (http.headers["x-mine"], http.query_string_parameters) == ("1", {"q": "a b"})
+
+
+async def test_cancelled_before_it_has_begun():
+    """A handler that is cancelled then ends as one that is cancelled later."""
+
+    @lambda_handler
+    async def never(event, context):
+        pytest.fail("it was cancelled")
+
+    before = asyncio.all_tasks()
+
+    def cancel():
+        for task in asyncio.all_tasks() - before:
+            task.cancel()
+
+    class Context(LambdaContext):
+        def get_remaining_time_in_millis(self):
+            asyncio.get_running_loop().call_soon(cancel)  # ahead of the task that is made now
+            return super().get_remaining_time_in_millis()
+
+    with pytest.raises(JobExitError):
+        await invoke(never, None, Context())
+
+
+async def test_a_context_without_an_end():
+    """There is no deadline, neither for the handler nor for a test that is cancelled."""
+
+    @lambda_handler
+    async def unlimited(event, context):
+        return remaining()
+
+    assert await invoke(unlimited, None, object()) == float("inf")
+
+
+def test_an_event_without_query_and_body():
+    """What a request has not is not in its event."""
+    event = http_event()
+    assert not {"queryStringParameters", "body"} & event.keys()
+
+
+async def test_a_test_that_is_cancelled_once():
+    """The handler ends before the cancel goes through, however long its end takes."""
+    steps = []
+
+    @lambda_handler
+    async def slow(event, context):
+        steps.append("begun")
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await asyncio.sleep(0)
+            steps.append("ended")
+
+    task = asyncio.create_task(invoke(slow))
+    while not steps:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert steps == ["begun", "ended"]

@@ -123,3 +123,11 @@ def test_a_thread_outlives_its_loop():
     release.set()
     threads[0].join()
     assert executor.statistics().threads_busy == 0
+
+
+async def test_a_thread_that_is_late(monkeypatch):
+    """A call that was given up before its thread came to it is not run."""
+    monkeypatch.setattr(_threads._Borrowing, "claim", lambda borrowing: False)
+    ran = []
+    assert await Executor(1).run_blocking(ran.append, 1) is None
+    assert not ran
