@@ -6,5 +6,5 @@ import sys
 
 from asynclam._cli import main
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no branch - imported by the command only, for main()
     sys.exit(main())

@@ -226,7 +226,7 @@ class Worker:
 
     def _end_job(self, reply: Reply) -> None:
         if _is_forked:
-            exit_if_forked()
+            exit_if_forked()  # pragma: no cover - in a frame that coverage has left at the fork
         flush()
         if self._growth is not None and self._growth.is_over():
             reply = (*reply[:3], reply[3] | _wire.GROWN, reply[4])

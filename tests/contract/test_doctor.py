@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from asynclam import _cli, doctor
+from asynclam import _cli, _worker, doctor
 from asynclam._doctor import ward
 from asynclam._doctor.trials import TRIALS, Trial, meaning
 from tests.parts.processes import ended
@@ -167,3 +167,30 @@ def test_the_handler_keeps_its_time(monkeypatch, capsys):
         report = doctor.handler({}, context)
     assert seen == [28.0, 1.0]
     assert capsys.readouterr().out == 2 * (doctor.text(report) + "\n")
+
+
+def test_a_ward_that_is_stuck(monkeypatch):
+    """It is killed when the time is over, and the report says so."""
+    monkeypatch.setattr(doctor, "_MARGIN", 0.0)
+    monkeypatch.setattr(doctor, "_START", "import signal; signal.pause()  # {path}")
+    (outcome,) = doctor._tried(0.0)
+    assert (outcome["name"], outcome["status"]) == ("trials", "fails")
+    assert outcome["detail"] == "status -9"
+
+
+def test_what_is_said_of_a_package_that_is_not_installed():
+    """Its status says it all."""
+    outcome = {"status": "not installed", "detail": "No module named 'x'", "errno": None}
+    assert doctor._said(outcome) == ""
+
+
+def test_the_standard_streams_of_a_job_that_is_interrupted(monkeypatch):
+    """Ctrl-C while they are flushed is not taken for one of their errors."""
+
+    class Stream:
+        def flush(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    with pytest.raises(KeyboardInterrupt):
+        _worker.flush()

@@ -1,5 +1,6 @@
 """Payloads, calls and exceptions: there and back, without a process in between."""
 
+import asyncio
 import builtins
 import dataclasses
 import functools
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from asynclam import PayloadError, _call, _errors, _payload, _raised, _wire
+from asynclam._job import Job
 from tests import jobs
 
 
@@ -618,3 +620,11 @@ def test_the_traceback_where_exceptions_have_no_notes(monkeypatch):
     assert first.__cause__ is second
     assert isinstance(second.__cause__, _raised.WorkerTraceback)
     assert str(second.__cause__) == "\nIn worker 1:\nthe traceback"
+
+
+def test_the_context_of_who_waits_for_nothing():
+    """A job whose future nobody awaits has an empty one, for what it logs."""
+    loop = asyncio.new_event_loop()
+    job = Job(_call.Call(jobs.echo, (1,), {}), loop.create_future())
+    assert len(job.context) == 0
+    loop.close()

@@ -674,3 +674,63 @@ async def test_chunks_of_any_length(ordered):
         )
         results = [result async for result in stream]
         assert (results if ordered else sorted(results)) == list(range(3000))
+
+
+async def test_room_that_comes_while_it_is_sought():
+    """What is collected may be sent, and done, before the pump would wait: then it does not."""
+    work = Work()
+    lengths = Growing()
+    stream = Stream(
+        "map_cpu", ([1, 2, 3],), work.start, lengths, ordered=True, return_exceptions=False
+    )
+    first = asyncio.ensure_future(anext(stream))
+    await work.finish(1)
+    await work.finish(2)
+    await work.finish(3)
+    assert [await first, await anext(stream), await anext(stream)] == ["r1", "r2", "r3"]
+    await stream.aclose()
+
+
+class Growing(FixedLength):
+    """A limit that is larger the second time that it is asked for, and from then on."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self._asked = 0
+
+    def limit(self, length):
+        self._asked += 1
+        return 3 if self._asked > 1 else 0
+
+
+async def test_the_first_error_counts():
+    """What fails after it, and what the source raises meanwhile, is not raised."""
+    work = Work()
+    stream = work.stream([1, 2])
+    task = asyncio.ensure_future(stream.list())
+    first, second = await work.started(1), await work.started(2)
+    first.set_exception(ValueError("first"))
+    second.set_exception(ValueError("second"))
+    with pytest.raises(ValueError, match="first"):
+        await task
+
+
+def test_dropped_when_its_loop_is_closed():
+    """There is nothing to cancel any more, and nobody to do it; the warning is the same."""
+    loop = asyncio.new_event_loop()
+    work = Work()
+    streams = [work.stream(range(10))]
+
+    async def begin():
+        task = asyncio.ensure_future(anext(streams[0]))
+        await work.finish(0)
+        result = await task
+        pump = streams[0]._engine._pump
+        pump.cancel()  # as asyncio.run() does at its end
+        await asyncio.wait([pump])
+        return result
+
+    assert loop.run_until_complete(begin()) == "r0"
+    loop.close()
+    with pytest.warns(ResourceWarning, match="async with map_cpu"):
+        streams.clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import asynclam
-from asynclam import Executor, _call, _default, run_cpu
+from asynclam import Executor, ExecutorClosedError, _call, _default, run_cpu
 from tests import jobs
 from tests.parts.everything import WAYS
 from tests.parts.gate import pass_through
@@ -150,3 +150,44 @@ def test_a_loop_that_is_closed_with_a_job_running(gate):
     del executor
     gc.collect()
     asyncio.run(ended(pid))
+
+
+async def test_closing_an_executor_that_another_loop_uses(gate):
+    """Its workers there are killed; what was under way there says so."""
+    executor = Executor(1)
+    failed = []
+
+    async def elsewhere():
+        try:
+            await executor.run_cpu(pass_through, gate.path)
+        except ExecutorClosedError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=asyncio.run, args=(elsewhere(),))
+    thread.start()
+    pid = await gate.entered()
+    await executor.aclose()
+    await asyncio.to_thread(thread.join)
+    assert len(failed) == 1
+    await ended(pid)
+
+
+async def test_dropped_at_the_end_of_the_interpreter(monkeypatch):
+    """An executor that is dropped then touches nothing: what it would need may be gone."""
+    executor = Executor(1)
+    pid = await executor.run_cpu(jobs.pid)
+    (pool,) = executor._pools
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    del executor
+    gc.collect()
+    monkeypatch.undo()
+    await asyncio.sleep(0)
+    assert pool.alive == 1
+    pool.kill()
+    await ended(pid)
+
+
+def test_no_executor():
+    """The default executor is one."""
+    with pytest.raises(TypeError, match="takes an Executor, got int"):
+        _default.set_default_executor(2)

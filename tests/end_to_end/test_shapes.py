@@ -162,3 +162,15 @@ def test_registered_once(hooks, monkeypatch, kind, hooked):
         handler.start()
     assert len(hooks.get_before_snapshot()) == len(hooks.get_after_restore()) == hooked
     handler.close()
+
+
+def test_without_numpy(hooks, monkeypatch):
+    """Nothing is imported for it: the handler is started, and random numbers are renewed."""
+    monkeypatch.delitem(sys.modules, "numpy.random", raising=False)
+    spy = Spy()
+    _snapstart.register(spy)
+    random.seed(1)
+    call_all(hooks.get_after_restore())
+    assert spy.calls == ["start"]
+    assert random.random() != random.Random(1).random()
+    assert "numpy.random" not in sys.modules
