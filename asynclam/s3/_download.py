@@ -210,7 +210,7 @@ class _Transfer:
     async def _read(self, number: int, body: Body | None) -> None:
         """One range, from the beginning of a body that may have more, or by its own requests."""
         exact = body is None or len(self._ends) == 1
-        for attempt in count(1):
+        for attempt in count(1):  # pragma: no branch - which has no end
             if body is None:
                 start, stop = self._marks[number], self._ends[number]
                 body = await self.source.read(self._start + start, self._start + stop)

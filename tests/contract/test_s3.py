@@ -1,0 +1,192 @@
+"""S3 where servers and users are odd: answers that do not fit, and what has no end to be closed."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from botocore import exceptions
+
+from asynclam import s3
+from asynclam.s3 import _client, _counted, _download, _listing, _multipart, _parts, _places, _source
+
+
+class Client:
+    """Answers as the test says, one request after the other."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.meta = SimpleNamespace(
+            endpoint_url="http://s3", config=SimpleNamespace(retries=None), service_model=Model()
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        async def request(**_: Any) -> Any:
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return request
+
+
+class Model:
+    def operation_model(self, name: str) -> Any:
+        return SimpleNamespace(input_shape=SimpleNamespace(members={}))
+
+
+def source(*answers: Any) -> _source.Source:
+    return _source.Source(Client(*answers), "bucket", "key")
+
+
+def lengths(*parts: int) -> list[dict[str, int]]:
+    return [{"ContentLength": length} for length in parts]
+
+
+def refused(code: str) -> exceptions.ClientError:
+    return exceptions.ClientError({"Error": {"Code": code}}, "Operation")
+
+
+class OneByOne:
+    """An async iterable that is no generator: it has nothing to be closed by."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = list(items)
+
+    def __aiter__(self) -> OneByOne:
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self.items:
+            raise StopAsyncIteration
+        return self.items.pop(0)
+
+
+# --- one version of an object --------------------------------------------------------------------
+
+
+async def test_another_error_than_that_it_was_replaced() -> None:
+    """It is the server's own, without an explanation that would be wrong."""
+    with pytest.raises(exceptions.ClientError) as caught:
+        await source(refused("SlowDown")).read(0, 1)
+    assert _source.CHANGED not in str(caught.value)
+
+
+async def test_a_head_of_another_version() -> None:
+    """An answer without a body that is of another version is refused like one with a body."""
+    with pytest.raises(exceptions.ResponseStreamingError, match="replaced by another"):
+        await source({"ETag": "another", "ContentLength": 1}).part_ends(1, 1)
+
+
+async def test_parts_that_are_not_as_long_as_the_first() -> None:
+    """Where that can be seen by the length of the whole, all are asked for."""
+    ends, certain = await source(*lengths(1, 1, 5, 1)).likely_part_ends(3, 7)
+    assert (ends, certain) == ([1, 6, 7], True)
+
+
+async def test_parts_that_are_not_the_whole() -> None:
+    """A server whose parts make another length cannot be believed."""
+    with pytest.raises(exceptions.ResponseStreamingError, match="parts have 3 bytes, and it has 4"):
+        await source(*lengths(1, 2)).part_ends(2, 4)
+
+
+async def test_more_than_was_asked_for() -> None:
+    """A body that goes on after its last byte is refused, however little that is."""
+    chunks = [b"abc", b"d"]
+
+    async def read() -> bytes:
+        return chunks.pop(0)
+
+    written: list[bytes] = []
+    transfer = _download._Transfer(
+        source(), _source.Extent(0, 3, whole=True), lambda _, data: written.append(data), None
+    )
+    with pytest.raises(exceptions.BotoCoreError):
+        await transfer._receive(0, read, exact=True)
+    assert written == [b"abc"]
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_which_errors_are_of_a_body_that_broke_off() -> None:
+    """Those of botocore are as they are, those below it become such, others are none."""
+    broken = exceptions.ResponseStreamingError(error="why")
+    assert _places.as_broken(broken, "url") is broken
+    assert isinstance(
+        _places.as_broken(ConnectionResetError(), "url"), exceptions.ResponseStreamingError
+    )
+    assert _places.as_broken(ValueError(), "url") is None
+
+
+async def test_an_upload_that_was_completed_after_all() -> None:
+    """There is nothing to abort then, and nothing to warn of: only the answer was lost."""
+    upload = _multipart.Multipart(
+        Client(refused("NoSuchUpload")), {"Bucket": "bucket", "Key": "key"}, {}, None
+    )
+
+    async def created() -> dict[str, str]:
+        return {"UploadId": "1"}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        await upload._abort(asyncio.ensure_future(created()))
+
+
+# --- what has no end to be closed ----------------------------------------------------------------
+
+
+async def test_names_from_what_is_no_generator() -> None:
+    """All come, and nothing is closed that cannot be."""
+    assert [name async for name in _listing.names_of(OneByOne("a", "b"))] == ["a", "b"]
+
+
+async def test_data_from_what_is_no_generator() -> None:
+    """The same for what is uploaded."""
+    parts = _parts.SourceParts(OneByOne(b"ab", b"c"))
+    assert bytes((await parts.next()).data) == b"abc"
+    assert await parts.exhausted()
+    await parts.aclose()
+
+
+# --- doors ---------------------------------------------------------------------------------------
+
+
+def test_what_the_module_has() -> None:
+    """All that it exports is listed, though it is imported only when it is used."""
+    assert dir(s3) == sorted(s3.__all__)
+
+
+def test_a_counted_buffer_without_its_descriptors() -> None:
+    """It travels only to a worker and back, as every SharedBuffer."""
+    with pytest.raises(pickle.UnpicklingError, match="without its descriptor"):
+        _counted._receive(0, 1, 10)
+
+
+def test_preloading_without_aiobotocore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does nothing: who makes a client is told what to install."""
+    _client._loader.cache_clear()
+    monkeypatch.setitem(sys.modules, "aiobotocore.session", None)
+    _client.preload()
+    monkeypatch.undo()
+    _client._loader.cache_clear()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_settings_of_an_aiobotocore_that_does_not_know_them_all(known: bool) -> None:
+    """Caches are warmed in a thread where that can be asked for; the others are set in any case."""
+
+    def old(**_: Any) -> None:
+        pass
+
+    def new(warm_up_loader_caches: bool = False) -> None:
+        pass
+
+    settings = _client._settings(new if known else old, 7)
+    assert settings["max_pool_connections"] == 7
+    assert ("warm_up_loader_caches" in settings) == known
