@@ -1,7 +1,10 @@
 """The doctor's ward: every trial has an outcome, in time, and leaves nothing; and what is printed."""
 
+import ctypes
 import errno
 import os
+import resource
+import select
 import signal
 import subprocess
 import sys
@@ -194,3 +197,76 @@ def test_the_standard_streams_of_a_job_that_is_interrupted(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Stream())
     with pytest.raises(KeyboardInterrupt):
         _worker.flush()
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
+def test_each_trial_ends_by_itself(trial):
+    """It works, fails or is not installed; it hangs nowhere, and needs nobody to kill it."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.setpgid(0, 0)
+        for stream in range(3):
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+        os.write(write_end, ward._found(trial)["status"].encode())
+        os._exit(0)
+    os.close(write_end)
+    try:
+        assert select.select([read_end], [], [], LIMIT)[0]
+        status = os.read(read_end, 100).decode()
+    finally:
+        os.close(read_end)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        ward._kill_group(pid)  # what it has started, such as a tracker of resources
+        os.waitpid(pid, 0)
+    assert status in {"works", "fails", "not installed"}
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("no x"), {"status": "not installed", "detail": "no x"}),
+        (FileNotFoundError(2, "gone", "/x"), {"detail": "gone: '/x'", "errno": "ENOENT"}),
+        (OSError(errno.EPERM, "no"), {"detail": "no", "errno": "EPERM"}),
+        (ValueError("why"), {"status": "fails", "detail": "ValueError: why", "errno": None}),
+    ],
+)
+def test_what_a_trial_has_found(error, told):
+    """The error, by the name of its number if it has one, and what it means."""
+    assert told.items() <= ward._found(Trial("name", "group", raiser(error))).items()
+
+
+def test_a_trial_that_leads_no_group_yet():
+    """It is killed by itself then."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(write_end)
+        os.read(read_end, 1)
+        os._exit(0)
+    ward._kill_group(pid)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_what_a_trial_refuses(monkeypatch):
+    """A result that is another one, a limit that is too low, and none at all."""
+    from asynclam._doctor import trials
+
+    with pytest.raises(ValueError, match="instead of 1"):
+        trials._expect_one(2)
+    limits = {"soft": 8}
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limits["soft"], 0))
+    with pytest.raises(OSError, match="no more than 8"):
+        trials._open_files()
+    limits["soft"] = resource.RLIM_INFINITY
+    assert trials._open_files() == "no limit"
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: SimpleNamespace(prctl=lambda *_: -1))
+    ctypes.set_errno(errno.EPERM)
+    with pytest.raises(PermissionError):
+        trials._prctl()
+    monkeypatch.setattr(trials, "_job", lambda fn, *args: os.getpid())
+    assert trials._run_cpu().startswith("inline")
+    with pytest.raises(ValueError, match="another one"):
+        trials._large_payload()
