@@ -286,6 +286,7 @@ def test_root_is_not_needed() -> None:
     assert "box: the time on CPUs and the memory are not held to those of 512 MB" in result.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

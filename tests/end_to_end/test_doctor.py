@@ -66,6 +66,7 @@ def text_of(path):
 
 
 @pytest.mark.outside
+@pytest.mark.alone
 @pytest.mark.parametrize("shm", NAMES)
 def test_in_a_box(shm):
     """In each kind of box, the report has the errno of that box, and what it means."""

@@ -108,6 +108,7 @@ def the_fork_server(frozen):
         frozen.beats(random.randrange(4))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("freeze", [everybody, the_loop, a_worker, all_workers, the_fork_server])
 def test_freeze(freeze, tmp_path):
     """In the middle of short jobs, a large result, a start, a cancel: each job has its one outcome."""

@@ -353,6 +353,7 @@ def test_no_semaphore():
     assert done.stdout.split() == ["1", "2", "3", "[4]", "5", "6", "7"], done.stderr
 
 
+@pytest.mark.alone
 def test_a_worker_imports_next_to_nothing():
     """A spawned worker has loaded none of what it does not need."""
     heavy = ("asyncio", "anyio", "multiprocessing", "concurrent.futures", "uvloop", "inspect")

@@ -9,6 +9,7 @@ from tests.soak import ledger, report
 from tests.soak.round import Settings
 
 
+@pytest.mark.alone
 def test_a_short_soak(tmp_path):
     """Jobs of all kinds among deaths, stops, cancels and shortages: each has its one outcome."""
     page = tmp_path / "soak.md"
