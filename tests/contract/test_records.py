@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from asynclam import _records, _wire, _worker
+from asynclam import _raised, _records, _wire, _worker
 
 
 class Clock:
@@ -311,20 +311,17 @@ def test_a_level_that_was_raised_meanwhile(handled):
         logger.setLevel(logging.NOTSET)
 
 
-def test_an_exception_that_cannot_be_rebuilt(handled):
+def test_an_exception_that_cannot_be_rebuilt(handled, monkeypatch):
     """A log shows one of the same name and text, with the frames in which it was raised."""
-
-    class LocalError(Exception):
-        def __reduce__(self):
-            return vars, (1,)
-
+    monkeypatch.setattr(_raised, "_pickled", lambda error: b"")  # as where it has no other name
     record = record_of("failed")
     try:
-        raise LocalError("why")
-    except LocalError:
+        raise LookupError("why")
+    except LookupError:
         record.exc_info = sys.exc_info()
     kind, error, traceback = handled(record).exc_info
-    assert (kind.__name__, str(error)) == ("LocalError", "why")
+    assert (kind.__name__, str(error)) == ("LookupError", "why")
+    assert kind is not LookupError
     assert traceback.tb_frame.f_code.co_name == "test_an_exception_that_cannot_be_rebuilt"
 
 
