@@ -27,6 +27,9 @@ Theory of operation::
 
 Root needs CAP_SYS_ADMIN. Any other user gets a user namespace, and is user 993 in it; the kernel
 does not let that user drop supplementary groups, so they stay (user_namespaces(7)).
+
+Coverage sees neither what runs in the box, where nothing can be written for it, nor the box itself,
+which runs under -S, without the package: tests see what these do, and lines say ``no cover``.
 """
 
 from __future__ import annotations
@@ -129,7 +132,7 @@ def command_line(options: Options) -> list[str]:
 # -- The box ---------------------------------------------------------------------------------------
 
 
-def run(options: Options) -> int:
+def run(options: Options) -> int:  # pragma: no cover - under -S
     """Runs a command in a box and returns its exit status.
 
     Afterwards this process is good for nothing else: its children would be born into the box.
@@ -184,7 +187,7 @@ def _check(options: Options) -> None:
         raise BoxError(f"--memory {options.memory}: not a number of MB that a function can have")
 
 
-def _unshare() -> None:
+def _unshare() -> None:  # pragma: no cover - under -S
     uid, gid = os.getuid(), os.getgid()
     flags = (
         kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | (0 if kernel.is_root() else kernel.CLONE_NEWUSER)
@@ -221,7 +224,7 @@ def _awaited() -> set[signal.Signals]:
     }
 
 
-def _wait(init: int, lifeline: int) -> int:
+def _wait(init: int, lifeline: int) -> int:  # pragma: no cover - under -S
     while True:
         received = signal.sigwaitinfo(_awaited())
         if received.si_signo == signal.SIGCHLD:
@@ -247,7 +250,7 @@ def _be_init(
     group: cgroup.Group,
     lifeline: int,
     mask: Iterable[int],
-) -> NoReturn:
+) -> NoReturn:  # pragma: no cover - in the box
     try:
         group.enter()
         files.lay_out(options.shm, options.cpus, kept)
@@ -263,14 +266,14 @@ def _be_init(
         os._exit(BOX_FAILED)
 
 
-def _follow(lifeline: int, child: int) -> NoReturn:
+def _follow(lifeline: int, child: int) -> NoReturn:  # pragma: no cover - in the box
     while received := os.read(lifeline, 1):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, received[0])
     os._exit(_exit_status(signal.SIGKILL))
 
 
-def _obey(control: int) -> None:
+def _obey(control: int) -> None:  # pragma: no cover - in the box
     """Freezes and thaws all that is in the box: a byte for each, sent back when it is done."""
     while order := os.read(control, 1):
         with contextlib.suppress(ProcessLookupError):
@@ -288,7 +291,7 @@ def _reap_until(child: int) -> int:
 # -- The command -----------------------------------------------------------------------------------
 
 
-def _become(options: Options, mask: Iterable[int]) -> NoReturn:
+def _become(options: Options, mask: Iterable[int]) -> NoReturn:  # pragma: no cover - in the box
     """Turns this process into the command."""
     try:
         _limit(options.cpus)
@@ -302,7 +305,7 @@ def _become(options: Options, mask: Iterable[int]) -> NoReturn:
         os._exit(BOX_FAILED)
 
 
-def _limit(cpus: int | None) -> None:
+def _limit(cpus: int | None) -> None:  # pragma: no cover - in the box
     import resource  # not on Windows, where the message of _check() is to be seen
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_DESCRIPTORS, MAX_DESCRIPTORS))
@@ -311,7 +314,7 @@ def _limit(cpus: int | None) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
 
 
-def _drop_privileges() -> None:
+def _drop_privileges() -> None:  # pragma: no cover - in the box
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
     for capability in range(last + 1):
         kernel.call("prctl", kernel.PR_CAPBSET_DROP, capability, 0, 0, 0)
@@ -322,7 +325,7 @@ def _drop_privileges() -> None:
     kernel.call("prctl", kernel.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def _enter(directory: str) -> None:
+def _enter(directory: str) -> None:  # pragma: no cover - in the box
     # By its name: the inherited one may be that below a mount.
     try:
         os.chdir(directory)
@@ -333,7 +336,7 @@ def _enter(directory: str) -> None:
         ) from error
 
 
-def _refuse_prctl() -> None:
+def _refuse_prctl() -> None:  # pragma: no cover - in the box
     """Makes prctl(2) fail with EPERM whatever its arguments, by a filter of seccomp(2)."""
     machine = kernel.MACHINES[platform.machine()]
     # A jump counts from the next instruction: true first, then false.

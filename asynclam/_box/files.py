@@ -107,7 +107,9 @@ def _cover_of(path: Path) -> Path | None:
 # -- The file system -------------------------------------------------------------------------------
 
 
-def lay_out(shm: Shm, cpus: int | None, kept: Sequence[Path]) -> None:
+def lay_out(
+    shm: Shm, cpus: int | None, kept: Sequence[Path]
+) -> None:  # pragma: no cover - in the box
     """Gives this mount namespace the file system of Lambda.
 
     What stays visible is opened before anything is mounted over it, and mounted again through its
@@ -132,7 +134,7 @@ def lay_out(shm: Shm, cpus: int | None, kept: Sequence[Path]) -> None:
     kernel.mount("proc", Path("/proc"), kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
 
 
-def _lay_out_dev(shm: Shm, opened: dict[Path, int]) -> None:
+def _lay_out_dev(shm: Shm, opened: dict[Path, int]) -> None:  # pragma: no cover - in the box
     directory = _DEV / "shm"
     with _covered(_DEV):
         for device in _DEVICES:
@@ -149,7 +151,7 @@ def _lay_out_dev(shm: Shm, opened: dict[Path, int]) -> None:
         )
 
 
-def _lay_out_sys(shm: Shm, cpus: int | None) -> None:
+def _lay_out_sys(shm: Shm, cpus: int | None) -> None:  # pragma: no cover - in the box
     with _covered(_SYS_FS):
         if shm == "enosys":
             STUB.parent.mkdir()
@@ -158,7 +160,7 @@ def _lay_out_sys(shm: Shm, cpus: int | None) -> None:
             _show_cpus(cpus)
 
 
-def _show_cpus(count: int) -> None:
+def _show_cpus(count: int) -> None:  # pragma: no cover - in the box
     """Makes ``os.cpu_count()`` say ``count``: glibc looks into /sys, not at the affinity."""
     file = _SYS_FS / "cpus"
     file.write_text(f"0-{count - 1}\n" if count > 1 else "0\n", encoding="ascii")
@@ -170,7 +172,7 @@ def _show_cpus(count: int) -> None:
 @contextlib.contextmanager
 def _covered(
     directory: Path, *, mode: int = 0o755, size: str = "64k", read_only: bool = True
-) -> Iterator[None]:
+) -> Iterator[None]:  # pragma: no cover - in the box
     """Mounts a small tmpfs over a directory, writable only until the block has filled it."""
     kernel.mount(
         "tmpfs", directory, kernel.MS_NOSUID | kernel.MS_NODEV, f"mode={mode:o},size={size}"
@@ -180,11 +182,11 @@ def _covered(
         kernel.set_mount(directory, kernel.MOUNT_ATTR_RDONLY)
 
 
-def _fresh_tmp() -> contextlib.AbstractContextManager[None]:
+def _fresh_tmp() -> contextlib.AbstractContextManager[None]:  # pragma: no cover - in the box
     return _covered(_TMP, mode=0o1777, size=f"{TMP_MEGABYTES}m", read_only=False)
 
 
-def _mount_again(descriptor: int, path: Path) -> None:
+def _mount_again(descriptor: int, path: Path) -> None:  # pragma: no cover - in the box
     """Mounts what a descriptor was opened for, where it was before it was covered."""
     source = Path(f"/proc/self/fd/{descriptor}")
     path.parent.mkdir(parents=True, exist_ok=True)

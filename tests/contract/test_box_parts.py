@@ -1,11 +1,13 @@
 """The parts of the box that need no box: its control groups, and what it makes of a function's end."""
 
 import os
+import shutil
+import signal
 import socket
 
 import pytest
 
-from asynclam._box import cgroup, invocations, kernel
+from asynclam._box import box, cgroup, files, invocations, kernel
 
 
 @pytest.fixture
@@ -109,3 +111,125 @@ def test_a_mount_that_is_refused(tmp_path):
         with pytest.raises(kernel.BoxError, match=r"the kernel refuses .*missing.*Linux 5\.12"):
             refused()
     assert kernel.is_root() == (os.geteuid() == 0)
+
+
+def test_the_group_of_a_box(version_1, monkeypatch):
+    """It is in all hierarchies, until the box removes it."""
+    monkeypatch.setattr(cgroup, "_set", lambda *_: None)  # what only the kernel has files for
+    group = cgroup.Group.of(512, pytest.fail, str(version_1 / "proc"))
+    made = [*version_1.glob("*/user/asynclam-box-*")]
+    assert len(made) == 2
+    group.remove()
+    assert not any(directory.exists() for directory in made)
+
+
+# --- what of the machine stays visible -----------------------------------------------------------
+
+
+def test_what_a_command_needs(tmp_path):
+    """The directories of the program and of this Python, the working directory, what was named."""
+    paths = files.kept("sh", [str(tmp_path)])
+    for needed in (tmp_path, files.Path.cwd(), files.Path(shutil.which("sh")).parent.parent):
+        assert any(needed == path or path in needed.parents for path in paths)
+    assert all(paths.count(path) == 1 for path in paths)
+    assert files.kept("no such program", []) == files.kept("no such program", [])
+
+
+def test_what_was_named_and_is_not_there(tmp_path):
+    """It is told before there is a box."""
+    with pytest.raises(kernel.BoxError, match="there is no such file or directory"):
+        files.kept("sh", [str(tmp_path / "missing")])
+
+
+def test_what_hides_a_path(tmp_path, monkeypatch):
+    """``/tmp`` does, which is a fresh one; for root's, a directory above that is closed to others."""
+    monkeypatch.setattr(files, "_TMP", tmp_path / "tmp")
+    (tmp_path / "tmp" / "below").mkdir(parents=True)
+    closed = tmp_path / "closed"
+    (closed / "below").mkdir(parents=True)
+    closed.chmod(0o700)
+    assert files._cover_of(tmp_path / "tmp" / "below") == tmp_path / "tmp"
+    monkeypatch.setattr(kernel, "is_root", lambda: False)
+    assert files._cover_of(closed / "below") is None
+    monkeypatch.setattr(kernel, "is_root", lambda: True)
+    assert files._cover_of(closed / "below") in {closed, *closed.parents}
+
+
+# --- how a command ends --------------------------------------------------------------------------
+
+
+def in_child(call, *args):
+    """The exit status of a process that calls something which may never return."""
+    pid = os.fork()
+    if not pid:
+        try:
+            call(*args)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_what_a_box_awaits():
+    """The end of init, and what can be passed on to the command; nobody can await SIGKILL."""
+    assert {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT} < box._awaited()
+    assert signal.SIGKILL not in box._awaited()
+
+
+def test_exit_statuses():
+    """A signal is 128 and its number, as shells have it."""
+    assert (box._exit_status(3 << 8), box._exit_status(9)) == (3, 137)
+
+
+def test_the_end_of_the_command():
+    """What is orphaned in the box is reaped, and only the command's end is the box's."""
+
+    def init():
+        for _ in range(2):
+            if not os.fork():
+                os._exit(1)
+        child = os.fork()
+        if not child:
+            os._exit(7)
+        os._exit(box._reap_until(child))
+
+    assert in_child(init) == 7
+
+
+@pytest.mark.parametrize(("program", "status"), [("/missing", 127), (__file__, 126), ("true", 0)])
+def test_executing(program, status, capfd):
+    """A command that is not there, or cannot be executed, is told with a shell's status."""
+    assert in_child(box._execute, [program], dict(os.environ)) == status
+    assert ("cannot run" in capfd.readouterr().err) == bool(status)
+
+
+def test_the_environment_of_a_command(monkeypatch):
+    """It is without what leads out of the box, and with what makes semaphores fail."""
+    monkeypatch.setenv("TMPDIR", "/var/tmp")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    found = box._environment(box.Options(["true"], "enosys", memory=512))
+    assert "TMPDIR" not in found
+    assert found["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"] == "512"
+    assert found["PYTHONPATH"] == f"{files.STUB.parent}:/mine"
+    assert box._environment(box.Options(["true"]))["PYTHONPATH"] == "/mine"
+
+
+def test_the_signals_of_a_command():
+    """They are the default ones: what CPython ignores, and what it makes of Ctrl-C, is its own."""
+
+    def command():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        box._restore_signals({signal.SIGUSR1})
+        defaults = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
+        assert {signal.getsignal(number) for number in defaults} == {signal.SIG_DFL}
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {signal.SIGUSR1}
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        box._restore_signals(())
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        os._exit(0)
+
+    assert in_child(command) == 0
+
+
+def test_a_call_that_succeeds():
+    """It says nothing."""
+    assert kernel.call("getpid") is None
