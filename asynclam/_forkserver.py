@@ -52,6 +52,11 @@ class ForkServer:
         """Its process id."""
         return self._process if isinstance(self._process, int) else self._process.pid
 
+    @property
+    def forked(self) -> bool:
+        """Whether it was forked from this process, and so knows its modules."""
+        return isinstance(self._process, int)
+
     def connect(self) -> socket.socket:
         """A control connection for a pool.
 

@@ -142,10 +142,11 @@ def test_the_order_of_the_two_lines():
     marks = _worker.Marks(memoryview(bytearray(_worker.Marks.SLOT)))
     marks._numbers = Numbers([0, 7])
     assert marks.begin(0, 8)
-    assert touched == [("write", 0), ("read", 1)]
+    assert touched == [("read", 0), ("write", 0), ("read", 1)]
     touched.clear()
     assert not marks.begin(0, 7)
-    assert touched == [("write", 0), ("read", 1), ("write", 0)]
+    assert touched == [("read", 0), ("write", 0), ("read", 1), ("write", 0)]
+    assert marks.begun(0) == 8
 
 
 async def test_replaced_while_it_starts(stage):

@@ -26,8 +26,8 @@ def vanishing():
     sys.modules[module.__name__] = module
     exec("import threading\nlock = threading.Lock()", vars(module))
     exec("def fn(value):\n    return value\ndef locked(value):\n    return lock", vars(module))
-    _call._head_of(module.fn, lambda: True)
-    _call._head_of(module.locked, lambda: True)
+    _call._head_of(module.fn, lambda: True, _call._references)
+    _call._head_of(module.locked, lambda: True, _call._references)
     del sys.modules[module.__name__]
     yield module
     _call._references.clear()

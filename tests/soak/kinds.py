@@ -6,7 +6,7 @@ import os
 import zlib
 from collections.abc import Callable
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from asynclam import SharedBuffer
 from tests.soak import work
@@ -16,11 +16,12 @@ class Order(NamedTuple):
     """One job to be given to an executor."""
 
     kind: str
-    fn: Callable[..., object]
+    fn: Callable[..., Any]
     args: tuple[object, ...]
     is_right: Callable[[object], bool]
     raises: tuple[type[BaseException], ...] = ()  # its own errors
     ends_its_worker: bool = False
+    is_coroutine: bool = False
 
 
 def echo(random: Random, number: int) -> Order:
@@ -43,6 +44,11 @@ def by_value(random: Random, number: int) -> Order:
 def spin(random: Random, number: int) -> Order:
     seconds = random.choice([0.0001, 0.0005, 0.002, 0.02])
     return Order("spin", work.spin, (number, seconds), number.__eq__)
+
+
+def wait(random: Random, number: int) -> Order:
+    seconds = random.choice([0.0, 0.0001, 0.002, 0.02])
+    return Order("coroutine", work.wait, (number, seconds), number.__eq__, is_coroutine=True)
 
 
 def fail(_random: Random, number: int) -> Order:
@@ -122,7 +128,7 @@ def size(random: Random) -> int:
 _BOUNDS = (0, 1, 16_383, 16_384, 65_512, 65_536, 131_071, 131_072, 1 << 20, 3 << 20)
 
 _SHARES = {
-    echo: 600, spin: 60, fail: 40, by_value: 20, check: 50, blow: 50, bounce: 50, fill: 20, make: 20,
+    echo: 600, wait: 100, spin: 60, fail: 40, by_value: 20, check: 50, blow: 50, bounce: 50, fill: 20, make: 20,
     chatter: 20, fork: 2, leave: 2, crash: 2, exhaust: 2,
 }  # fmt: skip
 _MAKERS, _WEIGHTS = list(_SHARES), list(_SHARES.values())

@@ -33,6 +33,7 @@ class Ledger:
         self.settled = 0
         self.kills: Counter[int] = Counter()  # deaths that were caused, by pid
         self.deaths: dict[int, list[str]] = {}  # jobs that died, by the pid of their worker
+        self._with_coroutines: set[int] = set()  # workers that died when they had some
         self.wrong: list[str] = []
 
     def settle(self, number: int, outcome: int) -> None:
@@ -43,9 +44,14 @@ class Ledger:
         self.settled += 1
 
     def died(self, number: int, error: WorkerDiedError) -> None:
-        """Notes that a job has died with its worker."""
+        """Notes that a job has died with its worker; of coroutines, which share one, the first."""
+        pid = error.pid or 0
+        if self.kinds[number] == "coroutine":
+            if pid in self._with_coroutines:
+                return
+            self._with_coroutines.add(pid)
         text = f"job {number} ({self.kinds[number]}): {error} {self._near(perf_counter_ns())}"
-        self.deaths.setdefault(error.pid or 0, []).append(text)
+        self.deaths.setdefault(pid, []).append(text)
 
     def _near(self, first: int, last: int | None = None) -> list[str]:
         return [

@@ -147,7 +147,8 @@ class Life:
         elif self._random.random() < 0.05:
             executor = executor.options(retries=1)
             self._book.retries[number] = 1
-        job = asyncio.ensure_future(executor.run_cpu(order.fn, *order.args))
+        run = executor.run_async if order.is_coroutine else executor.run_cpu
+        job = asyncio.ensure_future(run(order.fn, *order.args))
         cancel = None
         if is_to_end:
             delay = self._random.choice([0, 0, 0.001, 0.003])

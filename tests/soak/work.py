@@ -40,6 +40,15 @@ def echo(number, value=None):
     return number, value
 
 
+async def wait(number, seconds):
+    """A coroutine, beside others."""
+    import asyncio
+
+    _begin(number)
+    await asyncio.sleep(seconds)
+    return number
+
+
 def spin(number, seconds):
     _begin(number)
     end = perf_counter() + seconds
