@@ -396,7 +396,7 @@ class Pool:
                 if not worker.jobs:
                     worker.since = perf_counter()
                 self._give(worker, job)
-            elif not worker.jobs:
+            elif not worker.jobs:  # pragma: no cover - has not been seen: nobody is idle then
                 self._idle.append(worker)
         self._start_workers()
         self._advance_close()
@@ -506,9 +506,9 @@ class Pool:
             return worker
         if not self._fits(worker, job):
             return None
-        return (
-            self._with_room(job) if job.call.is_coroutine else worker
-        )  # that which has the fewest
+        if job.call.is_coroutine:
+            return self._with_room(job)  # that which has the fewest
+        return worker
 
     def _retire(self, worker: _Worker) -> None:
         """Ends a worker without a job, which is to have no other."""
@@ -685,7 +685,7 @@ class Pool:
     def _interrupt(self, worker: _Worker) -> None:
         if worker.orphan:
             _signal_orphan(worker, signal.SIGURG)
-        elif self._control is not None:
+        elif self._control is not None:  # pragma: no branch - without it all are orphans
             self._control.send(_wire.encode(_wire.INTERRUPT, worker.number))
 
     def _queue_again(self, worker: _Worker, begun: int) -> int:
@@ -986,7 +986,7 @@ class Pool:
     def _on_end(self, worker: _Worker, reason: Exception | None) -> None:
         """The channel has ended, or cannot be trusted: the worker ends, too, if it has not."""
         if worker.number not in self._workers:
-            return
+            return  # pragma: no cover - it was buried, and its closed channel tells of no end
         if worker.state is _IDLE:
             self._idle.remove(worker)
         if worker.state is not _STARTING:
@@ -1090,7 +1090,7 @@ class Pool:
 
     def _tell_kill(self, worker: _Worker) -> None:
         worker.life.end()  # at once, while the fork server may be busy, or stopped
-        if self._control is not None:
+        if self._control is not None:  # pragma: no branch - without it all are orphans
             self._control.send(_wire.encode(_wire.KILL, worker.number))
 
     # --- the end of the pool ---------------------------------------------------------------------

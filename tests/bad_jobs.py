@@ -1,8 +1,8 @@
 """What no job should do, and objects that no pickle should meet. Imports next to nothing."""
 
+import _pickle
 import asyncio
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -326,9 +326,9 @@ def reply_with(body, flags=0):
     from asynclam import _wire
 
     above = sys._getframe()
-    while above.f_code.co_name != "run" or "number" not in above.f_locals:
+    while above.f_code.co_name != "run" or "frame" not in above.f_locals:
         above = above.f_back
-    number = above.f_locals["number"]
+    number = above.f_locals["frame"].number
     os.write(own_socket(), b"".join(_wire.encode(_wire.RESULT, number, [body], flags=flags)))
     os._exit(0)
 
@@ -535,7 +535,7 @@ def break_builtins():
 
 
 def break_pickle():
-    pickle.dumps = None
+    _pickle.dumps = None
 
 
 def forget_modules():
