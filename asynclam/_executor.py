@@ -478,7 +478,8 @@ class Executor:
         """What it has under way and has done, over all event loops; counts end with a kill."""
         from ._statistics import Statistics
 
-        ran = self._counted("ran") / 1e6
+        counted = self._pools.counted
+        ran = counted("ran") / 1e6
         return Statistics(
             max_workers=self._max_workers,
             workers_starting=self._count("starting"),
@@ -486,17 +487,17 @@ class Executor:
             workers_busy=self._count("busy"),
             jobs_queued=self._queued(),
             jobs_running=self._running(),
-            jobs_completed=self._counted("completed"),
-            jobs_cancelled=self._counted("cancelled"),
-            jobs_retried=self._counted("retries"),
-            worker_deaths=self._counted("deaths"),
-            workers_spent=self._counted("spent"),
-            workers_grown=self._counted("grown"),
-            queue_seconds=self._counted("waited"),
-            transport_seconds=self._counted("away") - ran,
+            jobs_completed=counted("completed"),
+            jobs_cancelled=counted("cancelled"),
+            jobs_retried=counted("retries"),
+            worker_deaths=counted("deaths"),
+            workers_spent=counted("spent"),
+            workers_grown=counted("grown"),
+            queue_seconds=counted("waited"),
+            transport_seconds=counted("away") - ran,
             run_seconds=ran,
             segments_in_use=sum(pool.segments for pool in self._pools),
-            log_records_dropped=self._counted("dropped"),
+            log_records_dropped=counted("dropped"),
             threads_busy=self._threads.busy,
             threads_abandoned=self._threads.abandoned,
         )
@@ -505,9 +506,6 @@ class Executor:
         """What its workers run, by name and seconds, the longest first; and how many jobs wait."""
         running = [entry for pool in self._pools for entry in pool.under_way()]
         return sorted(running, key=lambda entry: -entry[1]), self._queued()
-
-    def _counted(self, what: str) -> Any:
-        return sum(getattr(pool.counts, what) for pool in self._pools)
 
     def _count(self, state: str) -> int:
         return sum(pool.count(state) for pool in self._pools)

@@ -63,6 +63,11 @@ class Counts:
         self.spent = self.grown = self.ran = 0
         self.waited = self.away = 0.0
 
+    def add(self, other: Counts) -> None:
+        """Counts what another has counted, too."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 class Job:
     """One call of a function in a worker.

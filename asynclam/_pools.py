@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from threading import RLock  # a finaliser may end pools wherever this thread is
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ._job import Counts
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -29,6 +31,7 @@ class Pools:
     def __init__(self, max_workers: int) -> None:
         self._max_workers = max_workers
         self._all: list[AnyPool] = []
+        self._ended = Counts()  # of pools whose loop was closed, and whose workers others have now
         self._lock = RLock()
 
     def __iter__(self) -> Iterator[AnyPool]:
@@ -55,12 +58,19 @@ class Pools:
                 for other in self:
                     if other is not pool and other.loop.is_closed():
                         self._all.remove(other)
+                        self._ended.add(other.counts)
                         other.kill()  # its workers would wait for a loop that may never come
         return max(1, self._max_workers - sum(other.alive for other in self if other is not pool))
+
+    def counted(self, what: str) -> Any:
+        """One of the :class:`Counts`, of all loops."""
+        with self._lock:
+            return sum(getattr(pool.counts, what) for pool in self) + getattr(self._ended, what)
 
     def kill(self) -> None:
         """Ends all workers at once, and forgets the pools."""
         with self._lock:
+            self._ended = Counts()
             for pool in self:
                 pool.kill()
             self._all.clear()

@@ -52,7 +52,7 @@ ARROWS = {
         "_payload", "_raised", "_recipe", "_records", "_segments", "_turns", "_wire", "_worker",
     },
     "_inline": {"_call", "_coroutines", "_errors", "_job", "_steps", "_turns", "_wire", "_worker"},
-    "_pools": {"_inline", "_pool"},
+    "_pools": {"_inline", "_job", "_pool"},
     "_chunks": set(),
     "_sources": set(),
     "_streams": {"_call", "_chunks", "_errors", "_grace", "_sources"},

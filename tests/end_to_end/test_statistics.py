@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import uvloop
 
 from asynclam import Executor
 from tests import jobs
@@ -69,3 +70,22 @@ async def test_the_status_line(gate):
         await asyncio.gather(*tasks)
         assert repr(executor) == "<Executor [workers: 0 busy, 1 idle | jobs: 0 running, 0 queued]>"
     assert repr(executor).startswith("<Executor [closed | workers: 0 busy, 0 idle")
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_counts_outlive_their_loop(new_loop):
+    """What was counted on a loop that is closed stays, also when another has taken its workers' places."""
+    one, other = new_loop(), new_loop()
+    executor = Executor(1)
+    for loop in (one, other):  # each has a pool, as both live
+        assert loop.run_until_complete(executor.run_cpu(jobs.echo, 1)) == 1
+    one.close()
+    other.run_until_complete(_two(executor))  # looks how many workers there may be
+    assert executor.statistics().jobs_completed == 4
+    executor.kill()
+    other.close()
+
+
+async def _two(executor):
+    executor.replace_workers()
+    await asyncio.gather(executor.run_cpu(jobs.echo, 1), executor.run_cpu(jobs.echo, 2))
