@@ -694,6 +694,7 @@ def test_a_lifespan_that_does_not_end_in_time():
 def test_without_uvloop(monkeypatch):
     """The loop is asyncio's own."""
     monkeypatch.setitem(sys.modules, "uvloop", None)
+    monkeypatch.delitem(sys.modules, "asynclam._loops", raising=False)
     sandbox = _sandbox.Sandbox(None)
     assert type(sandbox.loop).__module__.startswith("asyncio.")
     sandbox.close()

@@ -492,6 +492,10 @@ async def test_gather_over_both_kinds():
 # --- arguments and life of an executor -----------------------------------------------------------
 
 
+async def an_async_generator():
+    yield
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -499,7 +503,8 @@ async def test_gather_over_both_kinds():
         ({"max_workers": 1.5}, TypeError, "integer"),
         ({"max_workers": True}, TypeError, "integer"),
         ({"start_method": "forkserver"}, ValueError, "start_method"),
-        ({"initializer": 5}, TypeError, "plain function"),
+        ({"initializer": 5}, TypeError, "a function or a coroutine function"),
+        ({"initializer": an_async_generator}, TypeError, "a function or a coroutine function"),
         ({"initializer": print, "initargs": (threading.Lock(),)}, PayloadError, "initializer"),
         ({"initializer": print, "initargs": (SharedBuffer(0),)}, PayloadError, "SharedBuffer"),
     ],
