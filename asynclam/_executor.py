@@ -100,6 +100,7 @@ class Executor:
         self._max_tasks = _checked_limit("max_tasks_per_child", max_tasks_per_child)
         self._max_memory = _checked_limit("max_memory_per_child", max_memory_per_child)
         self._initializer = _pickled_initializer(initializer, initargs)
+        self._in_main = _payload.dumps_in_main((initializer, initargs))
         self._variables = _context.Variables(context_vars) if context_vars else None
         self._pools = Pools(self._max_workers)
         self._pool: Pool | InlinePool | None = None  # that of the loop that asked last
@@ -432,6 +433,7 @@ class Executor:
             self._start_method,
             self._initializer,
             self._pools.limit,
+            in_main=self._in_main,
             threads=max(1, _sizing.usable_cpus() // self._max_workers),
             max_tasks=self._max_tasks,
             max_memory=self._max_memory,

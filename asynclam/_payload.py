@@ -112,6 +112,15 @@ def dumps_whole(obj: object) -> bytes:
     return data
 
 
+def dumps_in_main(obj: object) -> bytes:
+    """Pickles ``obj`` for a process with the same ``__main__``; empty if it has nothing of that."""
+    try:
+        data = pickle.dumps(obj, protocol=5)
+    except Exception:
+        return b""
+    return data if b"__main__" in data else b""
+
+
 def _names_main() -> pickle.PicklingError:
     return pickle.PicklingError("it names something in __main__")
 

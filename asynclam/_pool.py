@@ -103,7 +103,9 @@ _worker_numbers = itertools.count(1)
 class Plan:
     """How a pool's workers are made."""  # no NamedTuple, which takes longer than a module to make
 
-    __slots__ = ("initializer", "limit", "max_memory", "max_tasks", "start_method", "threads")
+    __slots__ = (
+        "in_main", "initializer", "limit", "max_memory", "max_tasks", "start_method", "threads",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -111,12 +113,14 @@ class Plan:
         initializer: bytes,
         limit: Callable[[Pool], int],  # how many this pool may have now
         *,
+        in_main: bytes = b"",  # the initializer, for workers that have this process's __main__
         threads: int = 0,  # of numeric libraries in each; 0: as many as they like
         max_tasks: int | None = None,  # that each may run
         max_memory: int | None = None,  # bytes that each may take between two jobs
     ) -> None:
         self.start_method, self.initializer, self.limit = start_method, initializer, limit
         self.threads, self.max_tasks, self.max_memory = threads, max_tasks, max_memory
+        self.in_main = in_main
 
 
 class _Worker:
@@ -748,6 +752,7 @@ class Pool:
             worker.slot,
             self._plan.initializer,
             self._preload(),
+            in_main=self._plan.in_main if self._server is not None and self._server.forked else b"",
             threads=self._plan.threads,
             max_memory=self._plan.max_memory or 0,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _pickle as pickle
 import os
 import sys
+from typing import Any
 
 from . import _limits, _records
 
@@ -15,6 +16,8 @@ class Recipe:
     Args:
         slot: where it marks what it has begun.
         initializer: pickled ``(function, arguments)`` to be called first; empty for none.
+        in_main: the same with names of ``__main__``, where the worker has that of the loop process; for
+            its globals are those of the jobs then.
         preload: modules that a spawned server imports before it forks.
         threads: how many threads numeric libraries may start; 0: as many as they like.
         max_memory: bytes that it may take between two jobs; 0: as much as there is.
@@ -26,6 +29,7 @@ class Recipe:
         initializer: bytes,
         preload: tuple[str, ...],
         *,
+        in_main: bytes = b"",
         threads: int = 0,
         max_memory: int = 0,
     ) -> None:
@@ -38,7 +42,7 @@ class Recipe:
             self.environment.update(_limits.thread_variables(self.environment, threads))
         self.max_memory = max_memory
         self.levels = _records.levels()
-        self.initializer = initializer
+        self.initializer, self.in_main = initializer, in_main
         self.preload = preload
 
     def dumps(self) -> bytes:
@@ -58,8 +62,16 @@ class Recipe:
         _records.set_levels(self.levels)
         if not self.initializer:
             return None
-        initializer, arguments = pickle.loads(self.initializer)
+        initializer, arguments = self._find_initializer()
         return initializer(*arguments)
+
+    def _find_initializer(self) -> Any:
+        if self.in_main:
+            try:
+                return pickle.loads(self.in_main)
+            except AttributeError:
+                pass  # this was forked before __main__ had the name
+        return pickle.loads(self.initializer)
 
     def apply(self) -> None:
         """Makes this process's path, directory and environment what they are to be."""

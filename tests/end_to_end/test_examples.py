@@ -94,10 +94,18 @@ async def test_s3_progress(s3_server, s3_client, bucket):
     assert "13 bytes" in printed or "tqdm is not installed" in printed
 
 
+async def test_s3_in_workers(s3_server, s3_client, bucket):
+    """Workers have clients of their own, which their initializer has made."""
+    for number in range(20):
+        await s3.upload(s3_client, bucket, f"workers/{number}", b"one two three " * number)
+    printed = run("s3_in_workers.py", bucket, "workers/", **s3_server.environment())
+    assert printed == f"{3 * sum(range(20))} words\n"
+
+
 def test_every_example_is_tested():
     """No example goes without a test."""
     tested = {
-        "asgi", "hello", "s3_to_s3", "gather", "pipeline", "sqs_batch",
+        "asgi", "hello", "s3_to_s3", "s3_in_workers", "gather", "pipeline", "sqs_batch",
         "s3_progress", "s3_formats",  # this one in a module of its own
     }  # fmt: skip
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -282,6 +283,34 @@ async def test_initializer_with_arguments_of_all_kinds():
         1, initializer=lambda array: jobs.initialize(int(array.sum())), initargs=(np.ones(50_000),)
     ) as executor:
         assert await executor.run_cpu(jobs.initialized) == [50_000]
+
+
+@pytest.mark.parametrize(
+    ("prepared", "seen"),
+    [
+        ("", "['made']"),
+        ("asynclam.prepare()", "[]"),
+    ],  # the second was forked before it had the names
+    ids=["", "prepared"],
+)
+def test_an_initializer_of_a_script(tmp_path, prepared, seen):
+    """What it sets in ``__main__``, functions of ``__main__`` see, where workers are forked with that."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import asyncio, asynclam
+made = []
+{prepared}
+async def make(): made.append("made")
+def look(): return made
+async def main():
+    async with asynclam.Executor(1, initializer=make, start_method="fork") as executor:
+        print(await executor.run_cpu(look))
+asyncio.run(main())
+""")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == (seen, "")
 
 
 async def test_failed_initializer():

@@ -117,6 +117,8 @@ def call_of(frame: _wire.Frame):
 class FakeServer:
     """Takes the place of :class:`asynclam._forkserver.ForkServer`; its children are FakeWorkers."""
 
+    forked = True
+
     def __init__(self) -> None:
         self.controls: list[Peer] = []
         self.marks = None
