@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import warnings
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextvars import Context, ContextVar, copy_context
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
@@ -141,9 +141,7 @@ class Executor:
         if pool is None or self._closed or pool.loop is not asyncio._get_running_loop():
             pool = self._pool_here()
         if (args or kwargs) and _steps.is_large(*args, *kwargs.values()):
-            steps = _call.Call.steps(
-                fn, args, kwargs, flags=self._flags, shares_main=self._shares_main
-            )
+            steps = self._new_call_in_steps(fn, args, kwargs)
             pool.expect()
             try:
                 call = await pool.rota.run(steps, _call.Call.close)
@@ -153,7 +151,7 @@ class Executor:
                 call.close()
                 self._require_open()
         else:
-            call = _call.Call(fn, args, kwargs, flags=self._flags, shares_main=self._shares_main)
+            call = self._new_call(fn, args, kwargs)
         if carried:
             call.carry(carried)
         del fn, args, kwargs, carried  # the call has them, and 100,000 coroutines may wait here
@@ -172,6 +170,15 @@ class Executor:
         # Not in the except block: anyio takes a second cancel in whose context its own is for that.
         await _end_of(pool, job)
         raise cancelled
+
+    # Apart from run_cpu, whose frame is kept while it waits: it would have two places more.
+    def _new_call(self, fn: Any, args: Any, kwargs: Any) -> _call.Call:
+        return _call.Call(fn, args, kwargs, flags=self._flags, shares_main=self._shares_main)
+
+    def _new_call_in_steps(
+        self, fn: Any, args: Any, kwargs: Any
+    ) -> Generator[None, None, _call.Call]:
+        return _call.Call.steps(fn, args, kwargs, flags=self._flags, shares_main=self._shares_main)
 
     async def run_async(
         self, fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs

@@ -166,8 +166,6 @@ class Model(RuleBasedStateMachine):
 
     forked = True
 
-    forked = True
-
     def connect(self):
         ours, theirs = socket.socketpair()
         self.controls.append(Stream(theirs))
