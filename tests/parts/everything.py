@@ -102,6 +102,7 @@ def at_once() -> None:
 
 
 async def cubes_of(number: int, executor: Executor) -> list[int]:
+    be_patient()
     return await asyncio.gather(
         executor.run_cpu(pow, number, 3), run_cpu(pow, number, 3), run_cpu(pow, -number, 3)
     )
