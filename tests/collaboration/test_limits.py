@@ -93,12 +93,7 @@ async def test_a_job_that_was_told_to_end_counts(stage):
     stage.pool._plan.max_tasks = 1
     job, worker, frame = await stage.busy("value", Terms(cancel_grace=3600))
     worker.begin(frame.number)
-    job.future.cancel()
-    stage.pool.cancel(job)
-    assert await stage.server.interrupted() == worker.number
-    worker.hear(frame.number)
-    worker.skip(frame)
-    await job.grace.ended
+    await stage.told_to_end(job, worker, frame)
     while (await worker.frame()) is not None:
         pass
     stage.server.exited(worker, 0)

@@ -23,12 +23,7 @@ async def test_hurrying_a_job_that_has_ended(stage):
     """It is too late for that: the worker, and what it runs now, are unharmed."""
     job, worker, frame = await stage.busy("value", Terms(cancel_grace=3600))
     worker.begin(frame.number)
-    job.future.cancel()
-    stage.pool.cancel(job)
-    assert await stage.server.interrupted() == worker.number
-    worker.hear(frame.number)
-    worker.skip(frame)
-    await job.grace.ended
+    await stage.told_to_end(job, worker, frame)
     second = stage.submit("second")
     frame = await worker.job()
     stage.pool.hurry(job)
@@ -146,12 +141,7 @@ async def test_told_to_end_in_a_worker_that_is_to_be_replaced(stage):
     job, worker, frame = await stage.busy("value", Terms(cancel_grace=3600))
     worker.begin(frame.number)
     stage.pool.replace_workers()
-    job.future.cancel()
-    stage.pool.cancel(job)
-    assert await stage.server.interrupted() == worker.number
-    worker.hear(frame.number)
-    worker.skip(frame)
-    await job.grace.ended
+    await stage.told_to_end(job, worker, frame)
     while await worker.frame() is not None:
         pass
     stage.server.exited(worker, 0)

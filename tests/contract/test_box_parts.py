@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from asynclam._box import box, cgroup, files, invocations, kernel
+from tests.parts.processes import in_child
 
 
 @pytest.fixture
@@ -156,17 +157,6 @@ def test_what_hides_a_path(tmp_path, monkeypatch):
 
 
 # --- how a command ends --------------------------------------------------------------------------
-
-
-def in_child(call, *args):
-    """The exit status of a process that calls something which may never return."""
-    pid = os.fork()
-    if not pid:
-        try:
-            call(*args)
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_what_a_box_awaits():

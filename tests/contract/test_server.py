@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from asynclam import _descriptors, _forkserver, _recipe, _server, _wire
+from tests.parts.processes import in_child
 
 
 class Played:
@@ -60,17 +61,6 @@ def played():
     played.close()
     signal.signal(signal.SIGCHLD, handler)
     signal.set_wakeup_fd(wakeup)
-
-
-def forked(call, *args):
-    """The exit status of a child that calls something, as a server calls what it has forked for."""
-    pid = os.fork()
-    if not pid:
-        try:
-            call(*args)
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # --- what it is told -----------------------------------------------------------------------------
@@ -169,9 +159,9 @@ def test_a_server_that_cannot_begin(capfd):
     def serve():
         _server.serve(closed, read_end, os.getppid(), preload=False)
 
-    assert forked(serve) == 1
+    assert in_child(serve) == 1
     assert "ValueError" in capfd.readouterr().err
-    assert forked(_server.serve_spawned, -1, -1, 0) == 1
+    assert in_child(_server.serve_spawned, -1, -1, 0) == 1
     os.close(read_end)
     os.close(write_end)
 
@@ -179,7 +169,7 @@ def test_a_server_that_cannot_begin(capfd):
 def test_a_worker_that_cannot_begin(capfd):
     """It says why, and never returns into the frames of the fork server."""
     frame = _wire.decode(b"".join(_wire.encode(_wire.START, 7)), [])
-    assert forked(_server._become_worker, _recipe.Recipe(0, b"", ()), frame) == 1
+    assert in_child(_server._become_worker, _recipe.Recipe(0, b"", ()), frame) == 1
     assert "AssertionError" in capfd.readouterr().err
 
 
@@ -205,7 +195,7 @@ def test_stopping_twice():
         server.stop()
         os._exit(7)
 
-    assert forked(stop_and_end) == 7
+    assert in_child(stop_and_end) == 7
     connection = server.connect()  # it lives
     _descriptors.unmark(connection.fileno())
     connection.close()

@@ -1,8 +1,9 @@
-"""What tests ask of processes that are not theirs to wait for."""
+"""What tests ask of processes."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 
 
 async def ended(pid: int) -> None:
@@ -24,3 +25,14 @@ def state_of(pid: int) -> str:
             return stat.read().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def in_child(call, *args):
+    """The exit status of a forked process that calls something which may never return."""
+    pid = os.fork()
+    if not pid:
+        try:
+            call(*args)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -40,6 +40,15 @@ class Stage:
         worker = await self.ready_worker()
         return job, worker, await worker.job()
 
+    async def told_to_end(self, job, worker, frame):
+        """Cancels a job that has begun, and plays that its worker ends it."""
+        job.future.cancel()
+        self.pool.cancel(job)
+        assert await self.server.interrupted() == worker.number
+        worker.hear(frame.number)
+        worker.skip(frame)
+        await job.grace.ended
+
 
 async def idle():
     for _ in range(20):
