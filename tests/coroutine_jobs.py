@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 from asynclam import remaining
+from tests import jobs
 from tests.logging_jobs import NAME, request
 from tests.parts.gate import pass_through
 
@@ -61,6 +62,12 @@ async def through(path, result=None):
         loop.remove_reader(leave)
         os.close(leave)
     return result
+
+
+async def note(path, value):
+    """Appends a line that says that this has run to its end."""
+    await asyncio.sleep(0)
+    return jobs.note(path, value)
 
 
 async def note_the_end(path, note):

@@ -67,11 +67,24 @@ async def test_they_are_spread_evenly(gate):
     assert {pids.count(pid) for pid in pids} == {MANY // 2}
 
 
-async def test_more_than_fit():
-    """What a worker does not run at once waits, and runs later."""
+async def test_more_than_fit(gate):
+    """A worker runs 64 at once; what is more waits, and runs as these end, each in its turn."""
     async with Executor(1) as executor:
-        many = (executor.run_async(jobs.echo, number) for number in range(300))
-        assert await asyncio.gather(*many) == list(range(300))
+        tasks = [
+            asyncio.ensure_future(executor.run_async(jobs.through, gate.path, number))
+            for number in range(100)
+        ]
+        for _ in range(64):
+            await gate.entered()
+        now = executor.statistics()
+        assert (now.jobs_running, now.jobs_queued) == (64, 36)
+        gate.open(10)
+        for _ in range(10):
+            await gate.entered()
+        now = executor.statistics()
+        assert (now.jobs_running, now.jobs_queued, now.jobs_completed) == (64, 26, 10)
+        gate.open(90)
+        assert await asyncio.gather(*tasks) == list(range(100))
 
 
 async def test_an_exception(executor):

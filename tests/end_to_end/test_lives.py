@@ -19,7 +19,7 @@ from tests.parts.processes import ended
 
 ROOT = Path(asynclam.__file__).parent.parent
 PATIENCE = 30_000  # ms for what takes some 10, on a machine that is busy with something else
-ROLES = ("worker", "leaver", "spawned", "spawned", "server", "loop")
+ROLES = ("worker", "leaver", "waiter", *3 * ("spawned",), "server", "loop")
 
 
 def command(*arguments):
@@ -128,7 +128,7 @@ def with_server(doomed):
 
 
 def while_stopped(doomed):
-    doomed.kill("worker", "leaver", "server", number=signal.SIGSTOP)
+    doomed.kill("worker", "leaver", "waiter", "server", number=signal.SIGSTOP)
     doomed.kill("loop")
 
 
@@ -153,7 +153,7 @@ ENDS = {
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("end", ENDS)
 def test_the_end_of_a_program(start, method, end):
-    """However it ends, it leaves nobody behind: no worker in a C call, and nothing that one spawned."""
+    """However it ends, it leaves nobody behind: no worker in a C call or a coroutine, nor what one spawned."""
     doomed = start(method)
     ENDS[end](doomed)
     assert not doomed.survivors()

@@ -2,8 +2,8 @@
 
     python -m tests.parts.doomed START_METHOD [SIBLING]
 
-Its workers are in the middle of a C call that does not end, and have spawned a process each; one has
-left its process group. With SIBLING the program forks a process that lives on: ``fork`` or
+Two of its workers are in the middle of a C call that does not end, and one waits in a coroutine; each has
+spawned a process, and one has left its process group. With SIBLING the program forks a process that lives on: ``fork`` or
 ``multiprocessing``, as Python does it, or ``C``, behind Python's back. The environment variable DOOMED_WITHOUT names what it is to do without:
 ``pidfd``, or ``F_SETSIG``.
 """
@@ -11,6 +11,7 @@ left its process group. With SIBLING the program forks a process that lives on: 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,9 +24,22 @@ def tell(role: str, pid: int) -> None:
     os.write(1, f"{role} {pid}\n".encode())
 
 
+def spawn() -> None:
+    tell("spawned", subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL).pid)
+
+
+async def wait(role: str) -> None:
+    """In a worker: spawns a process, then waits for ever, whoever cancels it."""
+    spawn()
+    tell(role, os.getpid())
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+
+
 def work(role: str) -> None:
     """In a worker: spawns a process, then a C call for ever."""
-    tell("spawned", subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL).pid)
+    spawn()
     if role == "leaver":
         os.setpgid(0, os.getpgid(os.getppid()))
     tell(role, os.getpid())
@@ -74,9 +88,10 @@ def do_without(what: str) -> None:
 
 async def main(method: str, sibling: str = "") -> None:
     do_without(os.environ.get("DOOMED_WITHOUT", ""))
-    executor = Executor(2, start_method=method)
+    executor = Executor(3, start_method=method)
     tasks = [asyncio.ensure_future(executor.run_cpu(work, role)) for role in ("worker", "leaver")]
-    while executor.statistics().workers_busy < 2:
+    tasks.append(asyncio.ensure_future(executor.run_async(wait, "waiter")))
+    while executor.statistics().workers_busy < 3:
         await asyncio.sleep(0)
     tell("server", _forkserver.ensure(method).pid)
     fork_sibling(sibling)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from asynclam import Executor, _forkserver
-from tests import jobs
+from tests import coroutine_jobs, jobs
 
 BEAT = 0.005  # seconds
 LARGE = 3 << 20  # bytes: a segment, or several turns of the loop in a frame
@@ -61,6 +61,20 @@ class Frozen:
         async with Executor(1, start_method=self.method) as executor:
             self.expect(await executor.run_cpu(jobs.echo, "started"), "started")
 
+    async def coroutines(self) -> None:
+        """Many in a worker; one of them is cancelled while it waits, and is seen to its end."""
+        numbers = range(self.noted, self.noted + 60)
+        self.noted += 60
+        patient = self.executor.options(cancel_grace=3600)
+        cancelled = asyncio.ensure_future(patient.run_async(coroutine_jobs.echo, 0, after=3600))
+        noting = (self.executor.run_async(coroutine_jobs.note, self.path, n) for n in numbers)
+        done = asyncio.gather(*noting)
+        await asyncio.sleep(random.random() * BEAT)
+        cancelled.cancel()
+        self.expect(await done, list(numbers))
+        await asyncio.wait([cancelled])
+        self.expect(cancelled.cancelled(), True)
+
     async def again_and_again(self, work: Callable[[], Awaitable[None]]) -> None:
         while not self.over.is_set():
             await work()
@@ -75,7 +89,7 @@ class Frozen:
         os.write(1, b"%d\n" % _forkserver.ensure(self.method).pid)
         self.beat()
         asyncio.get_running_loop().add_reader(0, self.over.set)
-        kinds = (self.short, self.short, self.large, self.cancel, self.start)
+        kinds = (self.short, self.short, self.large, self.cancel, self.coroutines, self.start)
         await asyncio.gather(*map(self.again_and_again, kinds))
         deaths = self.executor.statistics().worker_deaths
         await self.executor.aclose()
