@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, overload
 
@@ -91,6 +91,7 @@ class Handler(Generic[Event, Context, Result]):
 
     Attributes:
         __wrapped__: the coroutine function itself, for tests: ``await handler.__wrapped__(event, context)``.
+        outermost: what an invocation begins with: ``invoke``, or a decorator that calls it.
     """
 
     __wrapped__: AsyncHandler[Event, Context, Result]
@@ -104,6 +105,7 @@ class Handler(Generic[Event, Context, Result]):
     ) -> None:
         functools.update_wrapper(self, fn)
         self.lifespan, self.margin = lifespan, margin
+        self.outermost: Callable[[Event, Context], Result] = self.invoke
         self._executor = executor
         self._sandbox: Sandbox | None = None
         self._task: asyncio.Task[Outcome] | None = None  # of the invocation that runs
@@ -123,6 +125,10 @@ class Handler(Generic[Event, Context, Result]):
             RuntimeError: an event loop runs already in this thread.
         """
         self._refuse_running_loop()
+        return self.outermost(event, context)
+
+    def invoke(self, event: Event, context: Context) -> Result:
+        """The same, without the decorators that know no coroutine functions."""
         if self._sandbox is not None and self._sandbox.ended:
             self.close()  # raises why; the next invocation starts anew
         sandbox = self._started()
@@ -379,36 +385,20 @@ def _make(
     executor: Executor | None,
     margin: float,
 ) -> Handler[Any, Any, Any]:
-    *above, innermost = _layers(fn)
-    if not _call.is_coroutine_function(innermost):
+    layers = [fn]
+    if hasattr(fn, "__wrapped__"):
+        from . import _decorators
+
+        layers = list(_decorators.layers(fn))
+    if not _call.is_coroutine_function(layers[-1]):
         name = getattr(fn, "__name__", type(fn).__name__)
         raise TypeError(
             f"@lambda_handler takes an async def handler(event, context); {name} is none: write "
             f"async def {name}(event, context), or give it to Lambda as it is"
         )
-    for layer in above:
-        _refuse_too_early(layer)
-    return Handler(fn, lifespan, executor, margin)
-
-
-def _layers(fn: Any) -> Iterator[Any]:
-    """A function, and what its decorators have wrapped, outermost first."""
-    seen = set()
-    while fn is not None and id(fn) not in seen:
-        seen.add(id(fn))
-        yield fn
-        fn = getattr(fn, "__wrapped__", None)
-
-
-# Packages whose decorators of handlers do their work when the call returns; below lambda_handler, that
-# is when the coroutine is made: metrics would be sent with the next invocation, if there is one.
-_ABOVE_ONLY = ("aws_lambda_powertools.metrics", "aws_lambda_powertools.tracing")
-
-
-def _refuse_too_early(layer: Any) -> None:
-    module = getattr(layer, "__globals__", {}).get("__name__", "")
-    if module.startswith(_ABOVE_ONLY) and not _call.is_coroutine_function(layer):
-        raise TypeError(
-            f"a decorator of {module} would end before the handler begins, for it knows no "
-            "coroutine functions; write it above @lambda_handler"
-        )
+    inner = _decorators.below(layers) if len(layers) > 1 else fn
+    handler = Handler(inner, lifespan, executor, margin)
+    if inner is not fn:
+        _decorators.redirect(layers[layers.index(inner) - 1], inner, handler.invoke)
+        handler.outermost = fn
+    return handler

@@ -18,8 +18,9 @@ from time import monotonic
 from typing import Any
 
 from . import _default
+from ._decorators import layers
 from ._executor import Executor
-from ._handler import Handler, _layers, invocation_of, outcome_of
+from ._handler import Handler, invocation_of, outcome_of
 
 _REGION = "eu-central-1"
 _ACCOUNT = "123456789012"
@@ -180,7 +181,7 @@ async def invoke(
         DeadlineExceededError: the time of the context was nearly over.
         JobExitError: it raised ``SystemExit`` or its like.
     """
-    made = next((layer for layer in _layers(handler) if isinstance(layer, Handler)), None)
+    made = next((layer for layer in layers(handler) if isinstance(layer, Handler)), None)
     if made is None:
         raise TypeError(f"invoke() takes what @lambda_handler has made, not {handler!r}")
     context = LambdaContext() if context is None else context

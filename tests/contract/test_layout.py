@@ -67,11 +67,12 @@ ARROWS = {
     "_snapstart": {"_default"},
     "_sandbox": {"_loops"},
     "_deadline": {"_context", "_errors", "_executor"},
+    "_decorators": {"_call"},
     "_handler": {
-        "_call", "_context", "_deadline", "_default", "_errors", "_executor", "_sandbox", "_server",
-        "_snapstart",
+        "_call", "_context", "_deadline", "_decorators", "_default", "_errors", "_executor", "_sandbox",
+        "_server", "_snapstart",
     },
-    "testing": {"_default", "_executor", "_handler"},
+    "testing": {"_decorators", "_default", "_executor", "_handler"},
     # The rooms of s3, of which those behind its door are lazy, too.
     "s3._client": set(),
     "s3._places": set(),

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import anyio
 import aws_xray_sdk.core
 import pytest
 from aws_lambda_powertools import Logger, Metrics, Tracer
+from aws_lambda_powertools.middleware_factory import lambda_handler_decorator
 
 from asynclam import (
     AsynclamError,
@@ -765,31 +766,127 @@ def _log(service, message):
     logging.getLogger(service).info(message)
 
 
-def test_powertools_logger_below(handlers, powertools, capsys):
-    """The decorator of Logger is as good below, for it works before the call."""
-    logger = Logger(service="below")
+def test_powertools_below(handlers, powertools, capsys):
+    """Below it is as good: they work around the invocation, not around the making of a coroutine."""
+    logger, tracer, metrics = Logger(service="below"), Tracer(service="below"), Metrics()
+    loops = []
 
-    @logger.inject_lambda_context
+    def before(fn):
+        """A decorator that may be anywhere: it returns the coroutine."""
+
+        @functools.wraps(fn)
+        def decorated(event, context):
+            loops.append(asyncio.get_running_loop())
+            return fn(event, context)
+
+        return decorated
+
+    @logger.inject_lambda_context(clear_state=True)
+    @tracer.capture_lambda_handler
+    @metrics.log_metrics(capture_cold_start_metric=True)
+    @before
     async def handler(event, context):
+        loops.append(asyncio.get_running_loop())
+        metrics.add_metric("Items", unit="Count", value=event)
         await run_cpu(_log, "below", "in a job")
         return event
 
     made = handlers(handler)
-    for number in range(2):
-        assert made(number, LambdaContext(aws_request_id=f"request-{number}")) == number
-    logged = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["function_request_id"] for line in logged] == ["request-0", "request-1"]
+    made.start()
+    for number in range(3):
+        context = LambdaContext(function_name="decorated", aws_request_id=f"request-{number}")
+        assert made(number, context) == number
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    logged = [line["function_request_id"] for line in lines if "message" in line]
+    assert logged == [f"request-{number}" for number in range(3)]
+    assert [line["Items"] for line in lines if "Items" in line] == [[0.0], [1.0], [2.0]]
+    assert [line["ColdStart"] for line in lines if "ColdStart" in line] == [[1.0]]
+    assert len(loops) == 6
+    assert len(set(loops)) == 1
+    assert made.__name__ == "handler"
 
 
-def test_powertools_that_would_end_too_early(powertools):
-    """Metrics and Tracer below would end before the handler begins: refused, with what to write."""
+class Segments:
+    """What the tracer traces with."""
 
+    def __init__(self):
+        self.said = []
+
+    @contextmanager
+    def in_subsegment(self, name):
+        self.said.append(f"{name} begins")
+        try:
+            yield self
+        finally:
+            self.said.append(f"{name} ends")
+
+    def put_annotation(self, key, value):
+        pass
+
+    def put_metadata(self, key, value, namespace):
+        self.said.append(f"{key}: {value}")
+
+    def add_exception(self, *_args):
+        pass
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_what_a_tracer_sees(handlers, monkeypatch, above):
+    """Above and below, its segment is as long as the invocation, with its result or its error."""
+    monkeypatch.setenv("POWERTOOLS_TRACE_DISABLED", "false")
+    segments = Segments()
+    tracer = Tracer(service="tests", provider=segments, auto_patch=False)
+    tracer.disabled, tracer.provider = False, segments
+
+    async def handler(event, context):
+        await asyncio.sleep(0)
+        segments.said.append("in the handler")
+        return 1 / event
+
+    trace = tracer.capture_lambda_handler
+    made = trace(handlers(handler)) if above else handlers(trace(handler))
+    assert made(1, None) == 1
+    with pytest.raises(ZeroDivisionError):
+        made(0, None)
+    assert segments.said == [
+        "## handler begins", "in the handler", "handler response: 1.0", "## handler ends",
+        "## handler begins", "in the handler", "handler error: division by zero", "## handler ends",
+    ]  # fmt: skip
+
+
+def test_a_middleware_below(handlers, powertools):
+    """What Powertools makes decorators of (validation, idempotency) has the result, not a coroutine."""
+    results = []
+
+    @lambda_handler_decorator(trace_execution=False)
+    def keep(fn, event, context):
+        results.append(fn(event, context))
+        return results[-1]
+
+    @keep
+    async def handler(event, context):
+        return await run_cpu(abs, event)
+
+    assert handlers(handler)(-3, LambdaContext()) == 3
+    assert results == [3]
+
+
+@pytest.mark.parametrize("how", ["awaited", "twice"])
+def test_powertools_that_cannot_be_put_above(powertools, how):
+    """What cannot be called at the right moment is refused, with what to write."""
+
+    @Metrics().log_metrics
     async def handler(event, context):
         return event
 
-    for decorator in (Metrics().log_metrics, Tracer().capture_lambda_handler):
-        with pytest.raises(TypeError, match="above @lambda_handler"):
-            lambda_handler(decorator(handler))
+    @functools.wraps(handler)
+    async def awaiting(event, context):
+        return await handler(event, context)
+
+    if how == "twice":  # the decorator calls the first
+        lambda_handler(handler)
+    with pytest.raises(TypeError, match=r"powertools\.metrics.*above @lambda_handler"):
+        lambda_handler(awaiting if how == "awaited" else handler)
 
 
 def test_a_decorator_that_answers(handlers):
