@@ -16,8 +16,9 @@ process, which comes with the recipe of their start, after the import of this mo
 The end of a large mapping takes long (60 ms for 256 MiB on the machine where it was measured), and
 comes where the last view of it is dropped, which may be a ``del`` on the event loop. So a
 :class:`Map` that dies is revived, and handed to a thread that lets it die again, there: the thread
-runs without the GIL meanwhile, and ends when nothing is left. The loop process asks for that with
-:func:`drop_in_thread`; everywhere else, and in a process that it forks, a map dies in place.
+runs without the GIL meanwhile, and ends when nothing is left. So is the descriptor of memory that is
+not mapped, which the last close frees. The loop process asks for that with :func:`drop_in_thread`;
+everywhere else, and in a process that it forks, they die in place.
 """
 
 from __future__ import annotations
@@ -224,8 +225,20 @@ def map_segment(descriptor: int) -> memoryview:
     return memoryview(map_descriptor(descriptor, os.fstat(descriptor).st_size))
 
 
+class _Closing:
+    """A descriptor of a segment that nobody has mapped here. Its death closes it."""
+
+    __slots__ = ("companion", "descriptor")
+
+    def __init__(self, descriptor: int, companion: object) -> None:
+        self.descriptor, self.companion = descriptor, companion
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 def drop_in_thread() -> None:
-    """From here on, large mappings of this process end in a thread."""
+    """From here on, large mappings of this process, and memory that is not mapped, end in a thread."""
     global _dropped
     if _dropped is None:
         _dropped = deque()
@@ -403,12 +416,18 @@ class SharedBuffer:
         A process that was given the buffer keeps it. Closing twice does nothing.
         """
         descriptor, self._descriptor = self._descriptor, -1
-        # Before the map is dropped, which ends in a thread: the last to close frees the memory.
         if descriptor >= 0:
-            os.close(descriptor)
+            if self._map is None and self._nbytes >= _LARGE:
+                _drop(_Closing(descriptor, self._companion()))  # it may free the memory
+            else:
+                os.close(descriptor)  # before the map is dropped, which does
         # Not mmap.close(): it fails while anything (an array, say) still looks into the map, and
         # dropping the references does the same as soon as nothing does.
         self._view = self._map = None
+
+    def _companion(self) -> object:
+        """What lives as long as the memory is held here."""
+        return None
 
     def __enter__(self) -> Self:
         self._require_open()

@@ -468,7 +468,6 @@ class Pool:
 
         if self._share is None:
             self._share = _segments.Share()
-            _memory.drop_in_thread()
         if worker.segments is None:
             worker.segments = _segments.End(self._share)
         return worker.segments
@@ -802,6 +801,7 @@ class Pool:
             os.close(page)
             raise
         self._page = page
+        _memory.drop_in_thread()  # what jobs and their callers have shared
 
     def _start_failed(self, cause: BaseException) -> None:
         self._failed_starts += 1

@@ -11,7 +11,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -104,7 +104,11 @@ def _pss(pid: int) -> int:
 
 
 def _shmem() -> int:
-    # Pages of a memfd that nobody has mapped are in nobody's PSS.
+    # Pages of a memfd that nobody has mapped are in nobody's PSS. The kernel counts them by processor,
+    # and what it tells is off by up to 32 pages each until that is added up, which only root may have
+    # done (sysctl/vm, stat_refresh).
+    with suppress(PermissionError), open("/proc/sys/vm/stat_refresh", "rb") as refresh:
+        refresh.read()
     return _kilobytes("/proc/meminfo", "Shmem:")
 
 

@@ -52,6 +52,9 @@ class CountedBuffer(SharedBuffer):
         self._map.companion = self._end
         return view
 
+    def _companion(self) -> object:
+        return self._end
+
     def close(self) -> None:
         """As that of SharedBuffer; views keep the memory, and with it the end of the pipe."""
         super().close()

@@ -10,6 +10,7 @@ from collections import deque
 import pytest
 
 from asynclam import PayloadError, SharedBuffer, _call, _memory, _payload, _steps, _wire
+from asynclam.s3._counted import CountedBuffer
 from tests.jobs import mapped_segments as mapped
 
 
@@ -324,6 +325,30 @@ def test_large_maps_end_elsewhere(in_thread, monkeypatch):
     run, args = started[0]
     run(*args)
     assert not _memory._dropped
+
+
+@pytest.mark.parametrize("nbytes", [1 << 16, 1 << 22])
+@pytest.mark.parametrize("counted", [False, True])
+def test_memory_that_is_not_mapped_ends_elsewhere(in_thread, monkeypatch, nbytes, counted):
+    """Its last close frees it, which takes as long; what waits for its end waits for that, too."""
+    started, closed, close = [], [], os.close
+    monkeypatch.setattr(_memory._thread, "start_new_thread", lambda *a: started.append(a))
+    buffer = CountedBuffer(nbytes) if counted else SharedBuffer(nbytes)
+    monkeypatch.setattr(_memory.os, "close", lambda number: (closed.append(number), close(number)))
+    descriptor = buffer._descriptor
+    buffer.close()
+    assert buffer.closed
+    if nbytes > 1 << 20:
+        assert not closed
+        ((run, args),) = started
+        started.clear()
+        run(*args)
+    assert not started
+    assert closed[0] == descriptor
+    if counted:
+        assert os.read(buffer.reader, 1) == b"", "its pipe was closed"
+        assert len(closed) == 2, "after it"
+        close(buffer.reader)
 
 
 def test_no_thread_is_to_be_had(in_thread, monkeypatch):
