@@ -10,10 +10,10 @@ import types
 
 import pytest
 
-from asynclam import PayloadError, SharedBuffer, WorkerDiedError, _call, _pool, _wire
+from asynclam import PayloadError, SharedBuffer, WorkerDiedError, _call, _forkserver, _pool, _wire
 from asynclam._channel import Channel
 from asynclam._job import Terms
-from tests import jobs
+from tests import coroutine_jobs, jobs
 from tests.collaboration.test_pool import SHORT, pipelined
 from tests.parts.actors import result_body
 from tests.parts.stage import idle
@@ -29,6 +29,36 @@ async def test_hurrying_a_job_that_has_ended(stage):
     stage.pool.hurry(job)
     worker.reply(frame, "unharmed")
     assert await second.future == "unharmed"
+
+
+async def test_cancelling_a_coroutine_of_a_dying_worker(stage):
+    """It is cancelled, and no worker is told: its death settles the rest."""
+    job = stage.submit_call(_call.Call(coroutine_jobs.echo, (1,), {}, flags=_wire.COROUTINE))
+    worker = await stage.ready_worker()
+    await worker.job()
+    worker.sock.close()
+    while not stage.pool.count(_pool._DYING):
+        await asyncio.sleep(0)
+    job.future.cancel()
+    stage.pool.cancel(job)
+    assert job.grace is None
+    stage.server.exited(worker)
+    other, _, frame = await stage.busy("other")
+    assert _call.receive(frame)[1] == ("other",)
+
+
+async def test_no_descriptor_is_left_for_a_worker_ahead_of_the_first_job(stage, monkeypatch):
+    """There is none then; the job tries again, and starts one."""
+
+    def refuse(_method):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_forkserver, "ensure", refuse)
+        stage.pool.prestart()
+    assert stage.pool.alive == 0
+    await stage.busy()
+    assert stage.pool.alive == 1
 
 
 async def test_closing_twice(stage):

@@ -4,10 +4,13 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from asynclam._box import box, cgroup, files, invocations, kernel
+from asynclam._box.__main__ import main
 from tests.parts.processes import in_child
 
 
@@ -154,6 +157,65 @@ def test_what_hides_a_path(tmp_path, monkeypatch):
     assert files._cover_of(closed / "below") is None
     monkeypatch.setattr(kernel, "is_root", lambda: True)
     assert files._cover_of(closed / "below") in {closed, *closed.parents}
+
+
+# --- what is asked for -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpus": 0}, "--cpus 0: between 1 and"),
+        ({"cpus": 10_000}, "--cpus 10000: between 1 and"),
+        ({"memory": 0}, "--memory 0: not a number of MB"),
+    ],
+)
+def test_what_cannot_be_had(options, message):
+    """It is refused before anything is made."""
+    box._check(box.Options(["true"]))
+    with pytest.raises(kernel.BoxError, match=message):
+        box._check(box.Options(["true"], **options))
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("asynclam._box.box.sys.platform", "darwin", "Linux machine, or in a container"),
+        ("asynclam._box.box.platform.machine", lambda: "s390x", "system calls of s390x, only of"),
+    ],
+)
+def test_where_there_is_no_box(monkeypatch, where, value, message):
+    """The message says what is needed."""
+    with monkeypatch.context() as patched:
+        patched.setattr(where, value)
+        with pytest.raises(kernel.BoxError, match=message):
+            box._check(box.Options(["true"]))
+
+
+def test_the_cpus_of_a_box(monkeypatch, capfd):
+    """They are what was asked for, or what the memory size gives; fewer are complained of."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
+    assert box._cpus(box.Options(["true"])) is None
+    assert box._cpus(box.Options(["true"], cpus=1, memory=10_240)) == 1
+    assert box._cpus(box.Options(["true"], memory=1_769)) == 2
+    assert not capfd.readouterr().err
+    assert box._cpus(box.Options(["true"], memory=10_240)) == 2
+    assert "sees 6 CPUs; here are 2" in capfd.readouterr().err
+
+
+def test_an_event_without_a_handler(capsys):
+    """It is refused as a command line is."""
+    with pytest.raises(SystemExit):
+        main(["--freeze", "1", "--", "true"])
+    assert "go with --handler" in capsys.readouterr().err
+
+
+def test_run_by_its_path(tmp_path):
+    """It finds its package, and no module of its directory by a bare name."""
+    command = [sys.executable, box.PROGRAM, "--cpus", "0", "--", "true"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 125
+    assert "--cpus 0: between 1 and" in ended.stderr
 
 
 # --- how a command ends --------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import types
 import pytest
 
 from asynclam import Executor, PayloadError, _call
-from tests import jobs
+from tests import coroutine_jobs, jobs
+from tests.bad_jobs import Unreduces
 
 
 def test_one_loop_after_the_other():
@@ -40,3 +41,51 @@ async def test_a_function_that_is_known_under_no_name(vanishing):
         with pytest.raises(PayloadError, match="cannot be sent by value"):
             await executor.run_cpu(vanishing.locked, "value")
         assert await executor.run_cpu(jobs.echo, "next") == "next"
+
+
+async def test_a_coroutine_that_cannot_be_begun():
+    """Arguments that do not unpickle fail it, as they do in a worker."""
+    async with Executor(0) as executor:
+        with pytest.raises(PayloadError):
+            await executor.run_async(coroutine_jobs.echo, Unreduces("ValueError"))
+        assert await executor.run_async(coroutine_jobs.echo, "next") == "next"
+
+
+async def test_cancelled_as_it_ends(gate):
+    """A cancel that comes after the end of a coroutine, in the same turn of the loop, does nothing."""
+    async with Executor(0) as executor:
+        task = asyncio.ensure_future(executor.run_async(coroutine_jobs.through, gate.path, "done"))
+        await gate.entered()
+        ((job, running),) = executor._pool._tasks.values()
+        running.add_done_callback(lambda _: task.cancel())
+        gate.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert job.future.result() == "done"
+        assert executor.statistics().jobs_cancelled == 0
+
+
+async def test_closed_by_two(gate):
+    """Both wait for the last coroutine."""
+    executor = Executor(0)
+    task = asyncio.ensure_future(executor.run_async(coroutine_jobs.through, gate.path, "done"))
+    await gate.entered()
+    closes = [asyncio.ensure_future(executor.aclose()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert not any(close.done() for close in closes)
+    gate.open()
+    await asyncio.gather(*closes)
+    assert await task == "done"
+
+
+def test_killed_when_the_loop_is_closed(gate):
+    """What was under way is failed; a loop that is closed cancels nothing."""
+    executor, loop = Executor(0), asyncio.new_event_loop()
+    task = loop.create_task(executor.run_async(coroutine_jobs.through, gate.path))
+    loop.run_until_complete(gate.entered())
+    others = asyncio.all_tasks(loop)
+    loop.close()
+    executor.kill()
+    for other in others:
+        other._log_destroy_pending = False  # as it is for whoever closes a loop under its tasks
+    assert not task.done()
