@@ -13,6 +13,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import perf_counter
 from typing import IO
 
 MARK = "ASYNCLAM_BENCHMARK_BLOCK"
@@ -53,35 +54,82 @@ def pin(pid: int, cpu: int) -> None:
         os.sched_setaffinity(int(thread), {cpu})
 
 
-class PeakWatch:
-    """The other end of a process that adds up the memory of this block's processes all the time."""
+class Asked:
+    """The other end of a process that measures all the time, and tells when it is asked."""
 
     def __init__(self, asking: IO[str], answering: IO[str]) -> None:
         self._asking, self._answering = asking, answering
 
-    def ask(self) -> tuple[int, int]:
-        """The highest PSS sum and system-wide Shmem since the last question, in bytes."""
+    def ask(self) -> list[str]:
         self._asking.write("\n")
         self._asking.flush()
-        pss, shmem = self._answering.readline().split()
+        return self._answering.readline().split()
+
+
+class PeakWatch:
+    """What adds up the memory of this block's processes."""
+
+    def __init__(self, process: Asked) -> None:
+        self._process = process
+
+    def ask(self) -> tuple[int, int]:
+        """The highest PSS sum and system-wide Shmem since the last question, in bytes."""
+        pss, shmem = self._process.ask()
         return int(pss), int(shmem)
+
+
+class Bystander:
+    """What only wants to run every millisecond, and so tells how busy the machine is."""
+
+    def __init__(self, process: Asked) -> None:
+        self._process = process
+
+    def ask(self) -> float:
+        """The longest time that it did not run since the last question, in seconds."""
+        (longest,) = self._process.ask()
+        return float(longest)
 
 
 @contextmanager
 def peak_watch() -> Generator[PeakWatch]:
-    mark = os.environ[MARK]
+    with _asked("watch", os.environ[MARK]) as process:
+        yield PeakWatch(process)
+
+
+@contextmanager
+def bystander() -> Generator[Bystander]:
+    with _asked("stand_by") as process:
+        yield Bystander(process)
+
+
+@contextmanager
+def _asked(*arguments: str) -> Generator[Asked]:
     unmarked = {name: value for name, value in os.environ.items() if name != MARK}
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.processes", mark],
+        [sys.executable, "-m", "benchmarks.processes", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=unmarked,
-    ) as watcher:
-        assert watcher.stdin is not None
-        assert watcher.stdout is not None
-        yield PeakWatch(watcher.stdin, watcher.stdout)
-        watcher.kill()
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield Asked(process.stdin, process.stdout)
+        process.kill()
+
+
+def stand_by() -> None:
+    """Ticks until the end of stdin, and answers each line with the longest gap since the last one."""
+    last, longest = perf_counter(), 0.0
+    while True:
+        asked = bool(select.select([0], [], [], 0.001)[0])
+        now = perf_counter()
+        last, longest = now, max(longest, now - last)
+        if asked:
+            if not os.read(0, 1):
+                return
+            print(longest, flush=True)
+            longest = 0.0
 
 
 def watch() -> None:
@@ -118,5 +166,8 @@ def _kilobytes(path: str, name: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ[MARK] = sys.argv[1]
-    watch()
+    if sys.argv[1] == "watch":
+        os.environ[MARK] = sys.argv[2]
+        watch()
+    else:
+        stand_by()

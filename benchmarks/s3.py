@@ -60,6 +60,7 @@ async def storage() -> AsyncGenerator[int]:
 
 _AGAIN = "into memory used again"
 _LARGE = 512 * MIB
+_LARGE_UNITS = {"seconds": "s", "longest gap": "s", "a bystander's": "s", "PSS added": ""}
 
 
 async def large_object(task: Task) -> Samples:
@@ -67,7 +68,7 @@ async def large_object(task: Task) -> Samples:
     from asynclam import Executor, s3
 
     nbytes = task.size(_LARGE, 40 * MIB)
-    taken: dict[str, list[float]] = {"seconds": [], "longest gap": [], "PSS added": []}
+    taken: dict[str, list[float]] = {name: [] for name in _LARGE_UNITS}
     async with storage(), s3_peers.BY_NAME[task.place.contestant](_BUCKET) as peer:
         async with s3.client() as client:
             data = os.urandom(8 * MIB)
@@ -85,11 +86,14 @@ async def large_object(task: Task) -> Samples:
                 after, _ = watch.ask()
             taken["PSS added"].append((after - before) / nbytes)
             async with watched() as ticker:
-                for _ in range(task.size(4, 1)):
-                    begun = perf_counter()
-                    gap, _ = await ticker.longest_of(partial(move, "large"))
-                    taken["seconds"].append(perf_counter() - begun)
-                    taken["longest gap"].append(gap)
+                with processes.bystander() as bystander:
+                    for _ in range(task.size(4, 1)):
+                        bystander.ask()
+                        begun = perf_counter()
+                        gap, _ = await ticker.longest_of(partial(move, "large"))
+                        taken["seconds"].append(perf_counter() - begun)
+                        taken["longest gap"].append(gap)
+                        taken["a bystander's"].append(bystander.ask())
     return taken
 
 
@@ -125,6 +129,8 @@ def _large_lines(results: Results) -> Iterator[Line]:
         yield Line(40, "the same of the peak memory added", loop, "", memory).at_least(1.9)
         gap = results.figure("longest gap", place)
         yield Line(40, "longest gap of a 1 ms ticker meanwhile", loop, "s", gap).at_most(0.005)
+        gap = results.figure("a bystander's", place)
+        yield Line(40, "that of a process that only ticks", loop, "s", gap)
         added = results.figure("PSS added", place)
         yield Line(40, "peak PSS added ÷ the object's size", loop, "", added).at_most(1.05)
 
@@ -137,7 +143,7 @@ LARGE = Row(
         *(ours(loop, variant) for variant in ("", _AGAIN) for loop in LOOPS),
         *_PEERS,
     ),
-    {"seconds": "s", "longest gap": "s", "PSS added": ""},
+    _LARGE_UNITS,
     _large_lines,
     rounds=2,
 )
