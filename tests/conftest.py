@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import threadpoolctl  # noqa: F401 - here, once, and not in each fork server: NumPy is loaded
 import uvloop
 
 from asynclam import _default, _descriptors, _forkserver, _memory
@@ -42,8 +43,16 @@ def _uvloop() -> asyncio.AbstractEventLoop:
     return _watched(uvloop.new_event_loop)
 
 
+_LOOPS = {"asyncio": _stock_loop, "uvloop": _uvloop}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--loop", choices=list(_LOOPS), help="the only loop for tests that have one")
+
+
 def pytest_asyncio_loop_factories(config, item):
-    return {"asyncio": _stock_loop, "uvloop": _uvloop}
+    only = config.getoption("--loop")
+    return _LOOPS if only is None else {only: _LOOPS[only]}
 
 
 @pytest.fixture(autouse=True)
