@@ -37,6 +37,8 @@ Outcome = tuple[Any, BaseException | None]  # of a handler: its result, or what 
 _UNLIMITED = float("inf")
 _MOST_CLEANING = 1.0  # seconds that what an invocation has left has to end
 _LEAST_CLEANING = 0.02  # the same, when there is no time
+# What suspends a durable function is no Exception; the decorator above, which has called, waits for it.
+_DURABLE = "aws_durable_execution_sdk_python."
 
 _state: ContextVar[Any] = ContextVar("asynclam.state")
 
@@ -58,6 +60,7 @@ def state() -> Any:
 
 def invocation_of(context: object) -> _context.Invocation:
     """The invocation that the second argument of a handler tells of."""
+    context = getattr(context, "lambda_context", None) or context  # a durable function's has it
     remaining = getattr(context, "get_remaining_time_in_millis", None)
     deadline = time.time() + remaining() / 1000 if remaining is not None else _UNLIMITED
     request_id = getattr(context, "aws_request_id", None) or ""
@@ -202,7 +205,7 @@ class Handler(Generic[Event, Context, Result]):
             )
         if error is None:
             return result
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) or type(error).__module__.startswith(_DURABLE):
             raise error
         name = _call.name_of(self.__wrapped__)
         raise JobExitError(name, error, "end the Lambda runtime") from error

@@ -46,9 +46,10 @@ def main() -> int:
     os.chdir(_ROOT)
     # Tests send it, and shells have what they run in the background ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The readers of formats are large: one Python is enough for them.
-    formats = ["formats"] if options.command in {"setup", "test"} and _VERSION == "3.11" else []
-    set_up(_ENVIRONMENT, "dev", "emulator", *formats, *_MORE_GROUPS.get(options.command, ()))
+    # What some examples need is large, or not for every Python: one is enough.
+    is_one = options.command in {"setup", "test", "coverage"} and _VERSION == "3.11"
+    examples = ["formats", "durable"] if is_one else []
+    set_up(_ENVIRONMENT, "dev", "emulator", *examples, *_MORE_GROUPS.get(options.command, ()))
     if options.segments is not None:
         os.environ["ASYNCLAM_SEGMENTS"] = options.segments  # of all that is run, the box included
     return _COMMANDS[options.command](options.only, rest)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,26 @@ async def test_s3_to_s3(s3_server, s3_client, bucket):
     assert json.loads(bytes(report.view)) == {"one": 15, "two": 30}
 
 
+@pytest.mark.skipif(
+    find_spec("aws_durable_execution_sdk_python_testing") is None,
+    reason="its SDK is installed on one of the Pythons",
+)
+def test_durable():
+    """Suspended and replayed by the real SDK: its step has run once, in the invocation before."""
+    event = {"texts": ["one", "two"], "seconds": 1}
+    code = (
+        "import durable, json\n"
+        "from aws_durable_execution_sdk_python_testing.runner import DurableFunctionTestRunner\n"
+        "with DurableFunctionTestRunner(handler=durable.handler) as runner:\n"
+        f"    result = runner.run(input=json.dumps({event}), execution_timeout=60)\n"
+        "print(json.dumps([result.status.name, result.result, result.get_step('digests').result]))"
+    )
+    status, result, digests = json.loads(run("-c", code))
+    assert status == "SUCCEEDED"
+    assert list(json.loads(result)) == ["one", "two"]
+    assert list(json.loads(result).values()) == json.loads(digests)
+
+
 def test_gather():
     """One gather awaits a worker, a thread and the loop."""
     key, names, kernel = run("gather.py").split()
@@ -105,7 +126,7 @@ async def test_s3_in_workers(s3_server, s3_client, bucket):
 def test_every_example_is_tested():
     """No example goes without a test."""
     tested = {
-        "asgi", "hello", "s3_to_s3", "s3_in_workers", "gather", "pipeline", "sqs_batch",
+        "asgi", "durable", "hello", "s3_to_s3", "s3_in_workers", "gather", "pipeline", "sqs_batch",
         "s3_progress", "s3_formats",  # this one in a module of its own
     }  # fmt: skip
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested

@@ -704,6 +704,18 @@ def test_without_uvloop(monkeypatch):
 # --- a thread, as Durable functions have it ------------------------------------------------------
 
 
+def test_the_context_of_a_durable_function(handlers):
+    """It has that of the runtime, and with it the time that is left."""
+
+    class DurableContext:
+        lambda_context = LambdaContext(60)
+
+    async def handler(event, context):
+        return remaining()
+
+    assert 50 < handlers(handler)(None, DurableContext()) <= 60
+
+
 def test_in_a_thread(handlers):
     """A handler may be called in a thread that is not the main one."""
 
