@@ -94,19 +94,19 @@ def _open_files() -> dict[int, str]:
 
 def _children() -> set[int]:
     """All processes below this one."""
-    parents = {}
-    for name in filter(str.isdecimal, os.listdir("/proc")):
+    found: set[int] = set()
+    waiting = [os.getpid()]
+    while waiting:
         try:
-            stat = Path(f"/proc/{name}/stat").read_text()
+            tasks = list(Path(f"/proc/{waiting.pop()}/task").iterdir())
+            children = {
+                int(pid) for task in tasks for pid in (task / "children").read_text().split()
+            }
         except OSError:  # ended meanwhile
             continue
-        parents[int(name)] = int(stat.rpartition(")")[2].split()[1])
-    below = {os.getpid()}
-    while True:
-        more = {pid for pid, parent in parents.items() if parent in below} | below
-        if more == below:
-            return below - {os.getpid()}
-        below = more
+        waiting += children - found
+        found |= children
+    return found
 
 
 @pytest.fixture
