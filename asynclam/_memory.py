@@ -193,14 +193,17 @@ class Map(mmap.mmap):
 
     __slots__ = ("companion",)
 
-    companion: object  # what lives as long as the mapping does
+    companion: object  # what ends after the mapping has
 
     def __del__(self) -> None:
+        if self.closed:  # it could not be made, and has no length
+            return
         # This revives the object: the queue has a reference. Its second death is the thread's, and
         # runs no __del__ (PEP 442).
-        # One that could not be made is closed, and has no length.
-        if _dropped is not None and not self.closed and len(self) >= _LARGE:
+        if _dropped is not None and len(self) >= _LARGE:
             _drop(self)
+        else:
+            self.close()  # or its companion would end before it
 
 
 def map_descriptor(descriptor: int, nbytes: int) -> Map:
@@ -271,11 +274,16 @@ def _drop(what: object) -> None:
 def _drop_all(dropped: deque[object]) -> None:
     while True:
         while dropped:
-            dropped.popleft()
+            _end(dropped.popleft())
         _dropping.release()
         # What came after the last look, before the release, has started no thread.
         if not dropped or not _dropping.acquire(blocking=False):
             return
+
+
+def _end(what: object) -> None:
+    if isinstance(what, Map):
+        what.close()  # without the GIL
 
 
 def _forget() -> None:

@@ -351,6 +351,28 @@ def test_memory_that_is_not_mapped_ends_elsewhere(in_thread, monkeypatch, nbytes
         close(buffer.reader)
 
 
+@pytest.mark.parametrize("nbytes", [1 << 16, 1 << 22])
+@pytest.mark.parametrize("how", ["in place", "in the thread"])
+def test_the_companion_of_a_map(how, nbytes, request):
+    """It ends after the map has, so whoever waits for it finds the memory free."""
+    if how == "in the thread":
+        request.getfixturevalue("in_thread")
+    before, found = mapped(), []
+
+    class Companion:
+        def __del__(self):
+            found.append(mapped())
+
+    descriptor = _memory.create_segment(nbytes)
+    segment = _memory.map_descriptor(descriptor, nbytes)
+    os.close(descriptor)
+    segment.companion = Companion()
+    assert mapped() == before + 1
+    del segment
+    with _memory._dropping:  # by the thread, if there is one
+        assert found == [before]
+
+
 def test_no_thread_is_to_be_had(in_thread, monkeypatch):
     """At the end of the interpreter, a map ends in place."""
 
