@@ -7,7 +7,6 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +15,7 @@ import uvloop
 
 from asynclam import _default, _descriptors, _forkserver, _memory
 from tests.parts.gate import Gate
+from tests.parts.processes import descendants
 
 # No test asserts a time: neither that of an example, nor of making one.
 hypothesis.settings.register_profile(
@@ -61,7 +61,7 @@ def nothing_left_behind() -> Iterator[None]:
     _unhandled.clear()
     gc.freeze()  # so that the collection below looks at what this test has made, not at all modules
     descriptors = _open_files()
-    children = _children()
+    processes = set(descendants(os.getpid()))
     marked = set(_descriptors._private)
     yield
     if _default._executor is not None:
@@ -76,7 +76,7 @@ def nothing_left_behind() -> Iterator[None]:
     assert _descriptors._private <= marked, (
         "a mark outlives its descriptor: it hits the next of that number"
     )
-    assert _children() == children
+    assert set(descendants(os.getpid())) == processes
     left = {fd: file for fd, file in _open_files().items() if descriptors.get(fd) != file}
     assert not left
 
@@ -89,23 +89,6 @@ def _open_files() -> dict[int, str]:
         except OSError:  # that of the listing itself
             continue
         found[int(name)] = file
-    return found
-
-
-def _children() -> set[int]:
-    """All processes below this one."""
-    found: set[int] = set()
-    waiting = [os.getpid()]
-    while waiting:
-        try:
-            tasks = list(Path(f"/proc/{waiting.pop()}/task").iterdir())
-            children = {
-                int(pid) for task in tasks for pid in (task / "children").read_text().split()
-            }
-        except OSError:  # ended meanwhile
-            continue
-        waiting += children - found
-        found |= children
     return found
 
 

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 import asynclam
+from tests.parts.processes import children
 
 EXAMPLES = Path(asynclam.__file__).parent.parent / "examples"
 REQUESTS = 200
@@ -104,7 +105,3 @@ def gives_way(pid):
     session = Path(f"/proc/{pid}/autogroup")  # some kernels have none
     given = session.read_text().endswith("nice 19\n") if session.exists() else True
     return given and os.getpriority(os.PRIO_PROCESS, pid) == 19
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

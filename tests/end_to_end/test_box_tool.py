@@ -18,7 +18,7 @@ from asynclam import _cgroup, _cli
 from asynclam._box import __main__ as program
 from asynclam._box import box, cgroup, kernel
 from asynclam._box.kernel import BoxError
-from tests.parts.processes import state_of
+from tests.parts.processes import children, descendants, state_of
 
 pytestmark = pytest.mark.outside
 
@@ -185,21 +185,9 @@ def test_a_freeze_stops_everything():
             assert process.returncode == 0
 
 
-def children(pid):
-    return [
-        int(child)
-        for thread in Path(f"/proc/{pid}/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
-
-
 def init_of(pid):
     (init,) = children(pid)
     return init
-
-
-def descendants(pid):
-    return [found for child in children(pid) for found in [child, *descendants(child)]]
 
 
 # --- a handler with events -----------------------------------------------------------------------

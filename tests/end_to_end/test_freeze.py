@@ -16,7 +16,7 @@ import pytest
 import asynclam
 from asynclam import Executor, _pool
 from tests import jobs
-from tests.parts.processes import state_of
+from tests.parts.processes import children, state_of
 
 ROOT = Path(asynclam.__file__).parent.parent
 FREEZES = 25
@@ -36,15 +36,7 @@ class Frozen:
             assert self._output.readline() == b"beat\n"
 
     def workers(self):
-        try:
-            return [
-                int(pid)
-                for pid in Path(f"/proc/{self.server}/task/{self.server}/children")
-                .read_text()
-                .split()
-            ]
-        except OSError:
-            return []
+        return children(self.server)
 
     def outcome(self):
         while (line := self._output.readline()) == b"beat\n":

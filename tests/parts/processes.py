@@ -27,6 +27,27 @@ def state_of(pid: int) -> str:
         return ""
 
 
+def children(pid: int) -> list[int]:
+    """Those of all its threads; none if it has ended."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+    found: list[int] = []
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one."""
+    return [found for child in children(pid) for found in [child, *descendants(child)]]
+
+
 def in_child(call, *args):
     """The exit status of a forked process that calls something which may never return."""
     pid = os.fork()
