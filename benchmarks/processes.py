@@ -10,14 +10,15 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import IO
 
 MARK = "ASYNCLAM_BENCHMARK_BLOCK"
-_PACE = 0.002  # seconds between two samples
+_PACE = 0.002  # seconds between two samples of memory
+_TICK = 0.001  # seconds
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -54,56 +55,31 @@ def pin(pid: int, cpu: int) -> None:
         os.sched_setaffinity(int(thread), {cpu})
 
 
-class Asked:
-    """The other end of a process that measures all the time, and tells when it is asked."""
+class Watch:
+    """The other end of a process that measures all the time."""
 
     def __init__(self, asking: IO[str], answering: IO[str]) -> None:
         self._asking, self._answering = asking, answering
 
-    def ask(self) -> list[str]:
+    def ask(self) -> tuple[float, ...]:
+        """The highest of each of its figures since the last question."""
         self._asking.write("\n")
         self._asking.flush()
-        return self._answering.readline().split()
+        return tuple(map(float, self._answering.readline().split()))
 
 
-class PeakWatch:
-    """What adds up the memory of this block's processes."""
-
-    def __init__(self, process: Asked) -> None:
-        self._process = process
-
-    def ask(self) -> tuple[int, int]:
-        """The highest PSS sum and system-wide Shmem since the last question, in bytes."""
-        pss, shmem = self._process.ask()
-        return int(pss), int(shmem)
+def peak_watch() -> AbstractContextManager[Watch]:
+    """Of the PSS of this block's processes, added up, and of the system's Shmem, in bytes."""
+    return _watch("memory", os.environ[MARK])
 
 
-class Bystander:
-    """What only wants to run every millisecond, and so tells how busy the machine is."""
-
-    def __init__(self, process: Asked) -> None:
-        self._process = process
-
-    def ask(self) -> float:
-        """The longest time that it did not run since the last question, in seconds."""
-        (longest,) = self._process.ask()
-        return float(longest)
+def bystander() -> AbstractContextManager[Watch]:
+    """Of the seconds for which a process did not run that wants to each millisecond."""
+    return _watch("gaps")
 
 
 @contextmanager
-def peak_watch() -> Generator[PeakWatch]:
-    with _asked("watch", os.environ[MARK]) as process:
-        yield PeakWatch(process)
-
-
-@contextmanager
-def bystander() -> Generator[Bystander]:
-    with _asked("stand_by") as process:
-        yield Bystander(process)
-
-
-@contextmanager
-def _asked(*arguments: str) -> Generator[Asked]:
+def _watch(*arguments: str) -> Generator[Watch]:
     unmarked = {name: value for name, value in os.environ.items() if name != MARK}
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.processes", *arguments],
@@ -114,34 +90,39 @@ def _asked(*arguments: str) -> Generator[Asked]:
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        yield Asked(process.stdin, process.stdout)
+        yield Watch(process.stdin, process.stdout)
         process.kill()
 
 
-def stand_by() -> None:
-    """Ticks until the end of stdin, and answers each line with the longest gap since the last one."""
-    last, longest = perf_counter(), 0.0
+# --- in that process -------------------------------------------------------------------------------
+
+
+def answer(pace: float, measure: Callable[[], tuple[float, ...]]) -> None:
+    """Measures until the end of stdin, and answers each line with the highest since the last one."""
+    highest = measure()
     while True:
-        asked = bool(select.select([0], [], [], 0.001)[0])
-        now = perf_counter()
-        last, longest = now, max(longest, now - last)
+        asked = select.select([0], [], [], pace)[0]
+        highest = tuple(map(max, highest, measure()))
         if asked:
             if not os.read(0, 1):
                 return
-            print(longest, flush=True)
-            longest = 0.0
+            print(*highest, flush=True)
+            highest = tuple(0.0 for _ in highest)
 
 
-def watch() -> None:
-    """Samples until the end of stdin, and answers each line with the peaks since the last one."""
-    while True:
-        pss, shmem = 0, 0
-        while not select.select([0], [], [], _PACE)[0]:
-            pss, shmem = max(pss, sum(map(_pss, marked()))), max(shmem, _shmem())
-        if not os.read(0, 1):
-            return
-        pss, shmem = max(pss, sum(map(_pss, marked()))), max(shmem, _shmem())
-        print(pss, shmem, flush=True)
+def _memory() -> tuple[float, ...]:
+    return sum(map(_pss, marked())), _shmem()
+
+
+def _gaps() -> Callable[[], tuple[float, ...]]:
+    last = perf_counter()
+
+    def since_the_last() -> tuple[float, ...]:
+        nonlocal last
+        before, last = last, perf_counter()
+        return (last - before,)
+
+    return since_the_last
 
 
 def _pss(pid: int) -> int:
@@ -166,8 +147,8 @@ def _kilobytes(path: str, name: str) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "watch":
+    if sys.argv[1] == "memory":
         os.environ[MARK] = sys.argv[2]
-        watch()
+        answer(_PACE, _memory)
     else:
-        stand_by()
+        answer(_TICK, _gaps())

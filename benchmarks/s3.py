@@ -93,7 +93,7 @@ async def large_object(task: Task) -> Samples:
                         gap, _ = await ticker.longest_of(partial(move, "large"))
                         taken["seconds"].append(perf_counter() - begun)
                         taken["longest gap"].append(gap)
-                        taken["a bystander's"].append(bystander.ask())
+                        taken["a bystander's"] += bystander.ask()
     return taken
 
 
