@@ -32,19 +32,26 @@ def layers(fn: Any) -> Iterator[Any]:
         fn = getattr(fn, "__wrapped__", None)
 
 
-def below(all_layers: Sequence[Any]) -> Any:
-    """The outermost layer that runs in the loop; the one before it, if any, must be above the handler.
+def split(all_layers: Sequence[Any]) -> tuple[Any, Any]:
+    """What of a coroutine function runs in the loop, and the decorator around it that must be above.
 
     Args:
-        all_layers: those of a coroutine function, outermost first.
+        all_layers: its own, outermost first.
+
+    Returns:
+        The outermost layer that runs in the loop, and the one that it is to be called by; ``None`` if
+        all of them run in the loop.
 
     Raises:
         TypeError: what is above such a decorator would await its result.
     """
-    place = max((n for n, layer in enumerate(all_layers) if _is_sync_only(layer)), default=-1)
-    if any(map(_call.is_coroutine_function, all_layers[: max(place, 0)])):
-        raise _refusal(all_layers[place])
-    return all_layers[place + 1]
+    places = [place for place, layer in enumerate(all_layers) if _is_sync_only(layer)]
+    if not places:
+        return all_layers[0], None
+    lowest = places[-1]
+    if any(map(_call.is_coroutine_function, all_layers[:lowest])):
+        raise _refusal(all_layers[lowest])
+    return all_layers[lowest + 1], all_layers[lowest]
 
 
 def redirect(decorator: Any, fn: Function, handler: Function) -> None:

@@ -399,9 +399,9 @@ def _make(
             f"@lambda_handler takes an async def handler(event, context); {name} is none: write "
             f"async def {name}(event, context), or give it to Lambda as it is"
         )
-    inner = _decorators.below(layers) if len(layers) > 1 else fn
+    inner, decorator = _decorators.split(layers) if len(layers) > 1 else (fn, None)
     handler = Handler(inner, lifespan, executor, margin)
-    if inner is not fn:
-        _decorators.redirect(layers[layers.index(inner) - 1], inner, handler.invoke)
+    if decorator is not None:
+        _decorators.redirect(decorator, inner, handler.invoke)
         handler.outermost = fn
     return handler
