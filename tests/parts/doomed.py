@@ -2,10 +2,10 @@
 
     python -m tests.parts.doomed START_METHOD [SIBLING]
 
-Two of its workers are in the middle of a C call that does not end, and one waits in a coroutine; each has
-spawned a process, and one has left its process group. With SIBLING the program forks a process that lives on: ``fork`` or
-``multiprocessing``, as Python does it, or ``C``, behind Python's back. The environment variable DOOMED_WITHOUT names what it is to do without:
-``pidfd``, or ``F_SETSIG``.
+Two of its workers are in the middle of a C call that does not end, and one waits in a coroutine; each
+has spawned a process, and one has left its process group. With SIBLING the program forks a process that
+lives on: ``fork`` or ``multiprocessing``, as Python does it, or ``C``, behind Python's back. The
+environment variable DOOMED_WITHOUT names what it is to do without: ``pidfd``, or ``F_SETSIG``.
 """
 
 from __future__ import annotations
