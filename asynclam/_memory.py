@@ -203,7 +203,15 @@ class Map(mmap.mmap):
         if _dropped is not None and len(self) >= _LARGE:
             _drop(self)
         else:
-            self.close()  # or its companion would end before it
+            self.end()
+
+    def end(self) -> None:
+        """Unmaps it before its companion ends, which is dropped before what it is a slot of."""
+        if hasattr(self, "companion"):
+            try:
+                self.close()
+            except BufferError:
+                pass  # garbage in a cycle with a view, which is cleared after this has run (PEP 442)
 
 
 def map_descriptor(descriptor: int, nbytes: int) -> Map:
@@ -274,16 +282,14 @@ def _drop(what: object) -> None:
 def _drop_all(dropped: deque[object]) -> None:
     while True:
         while dropped:
-            _end(dropped.popleft())
+            what = dropped.popleft()
+            if isinstance(what, Map):
+                what.end()  # without the GIL
+            del what
         _dropping.release()
         # What came after the last look, before the release, has started no thread.
         if not dropped or not _dropping.acquire(blocking=False):
             return
-
-
-def _end(what: object) -> None:
-    if isinstance(what, Map):
-        what.close()  # without the GIL
 
 
 def _forget() -> None:

@@ -1,6 +1,7 @@
 """SharedBuffer: memory by descriptor, and what happens to it when handles are closed."""
 
 import errno
+import gc
 import os
 import pickle
 import subprocess
@@ -371,6 +372,27 @@ def test_the_companion_of_a_map(how, nbytes, request):
     del segment
     with _memory._dropping:  # by the thread, if there is one
         assert found == [before]
+
+
+@pytest.mark.parametrize("nbytes", [1 << 16, 1 << 22])
+@pytest.mark.parametrize("how", ["in place", "in the thread"])
+def test_a_counted_map_in_a_cycle(how, nbytes, request):
+    """The collector finalises it while a view looks into it: it ends with the view, and so does its pipe."""
+    if how == "in the thread":
+        request.getfixturevalue("in_thread")
+    before = mapped()
+    buffer = CountedBuffer(nbytes)
+    reader = buffer.reader
+    cycle = [buffer.view]
+    cycle.append(cycle)
+    del buffer
+    assert mapped() == before + 1
+    del cycle
+    gc.collect()
+    with _memory._dropping:  # by the thread, if there is one
+        assert mapped() == before
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_no_thread_is_to_be_had(in_thread, monkeypatch):
