@@ -10,14 +10,15 @@ job that was revoked on that page is skipped. A job that may be told to end runs
 loop (:mod:`._coroutines`).
 
 End of file means that the loop process has closed the channel or is gone: the worker ends at once,
-with ``os._exit``, so that nothing of what it inherited is finalised twice. A broken pipe while it
-replies means the same.
+with ``os._exit``, so that nothing of what it inherited is finalised twice, and takes its process group
+along. A broken pipe while it replies means the same.
 """
 
 from __future__ import annotations
 
 import _pickle as pickle
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -163,6 +164,8 @@ class Worker:
             code = INTERNAL_ERROR
         finally:
             flush()
+            if not code and not _is_forked:
+                end_group()
             os._exit(code)
 
     def _initialize(self, initializer: Callable[[], object]) -> bool:
@@ -306,6 +309,23 @@ def note_forks() -> None:
 def _set_forked() -> None:
     global _is_forked
     _is_forked = True
+
+
+def end_group() -> None:
+    """Kills what jobs have spawned, and where this process cannot leave its group, this process, too.
+
+    The fork server does so after a worker has ended, but may have been killed with the loop process;
+    and the life pipe, which would do it then, reaches no group whose worker has ended before it.
+    """
+    group = os.getpid()
+    try:
+        os.setpgid(0, os.getpgid(os.getppid()))  # leaves it, so that the exit status is its own
+    except OSError:  # pragma: no cover - killed below; its parent is not the fork server any more
+        pass
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass  # it is empty
 
 
 def exit_if_forked() -> None:

@@ -1,0 +1,79 @@
+"""How a worker's process ends by itself, and takes along what jobs have spawned."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from asynclam import _worker
+from asynclam._errors import CHANNEL_LOST
+from tests.parts.processes import in_child
+
+PATIENCE = 5_000  # ms for what takes one
+
+
+@pytest.fixture
+def held():
+    """Both ends of a pipe: as long as anybody has the second, the first is not at its end."""
+    read_end, write_end = os.pipe()
+    yield read_end, write_end
+    os.close(read_end)
+
+
+def serve(channel):
+    """In a child: is a worker."""
+    worker = _worker.Worker(channel, lambda order: True, lambda: None, lambda *_: None)
+    worker.serve(lambda: None, bound=True)
+
+
+def lead(begin, channel, spawned_with):
+    """In a child: begins a process group, in which there is another process, and is a worker."""
+    begin()
+    subprocess.Popen(["sleep", "100"], pass_fds=[spawned_with])
+    os.close(spawned_with)
+    serve(channel)
+
+
+def begin_group():
+    os.setpgid(0, 0)
+
+
+def under_fork_server(*args):
+    """In a child: is the parent of a worker, and ends as that does."""
+    os.setsid()  # a group that the worker can go to; that of the tests may be out of its sight
+    os._exit(in_child(lead, *args) % 256)
+
+
+@pytest.mark.parametrize(
+    ("parent", "begin", "status"),
+    [
+        (under_fork_server, begin_group, 0),
+        (lead, os.setsid, -signal.SIGKILL),  # nobody is there who has a group that it can go to
+    ],
+    ids=["under the fork server", "the fork server is dead"],
+)
+def test_end_of_file(held, parent, begin, status):
+    """Nobody needs to kill the group after it: who would may have been killed with the loop process."""
+    channel, theirs = socket.socketpair()
+    theirs.shutdown(socket.SHUT_WR)
+    with channel, theirs:
+        assert in_child(parent, begin, channel, held[1]) == status
+    os.close(held[1])
+    assert ended(held[0])
+
+
+def test_a_lost_channel():
+    """A channel that is of no use is told apart from one that is at its end."""
+    channel = socket.socket()
+    channel.close()
+    assert in_child(serve, channel) == CHANNEL_LOST
+
+
+def ended(descriptor):
+    """Whether all have ended that hold the other end."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(PATIENCE))
