@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import cold, invocation, large, lives, s3, small, start, web, work
+from . import cold, coroutines, invocation, large, lives, s3, small, start, web, work
 from .rows import Row
 
 ROWS: dict[int, Row] = {
@@ -10,6 +10,7 @@ ROWS: dict[int, Row] = {
     for row in sorted(
         (
             *small.ROWS,
+            coroutines.ROW,
             *large.ROWS,
             *start.ROWS,
             *work.ROWS,

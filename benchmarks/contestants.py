@@ -56,6 +56,9 @@ class Contestant:
     def call(self, function: Function, *args: Any) -> Awaitable[Any]:
         raise NotImplementedError
 
+    def run_async(self, _function: jobs.CoroutineFunction, *_: Any) -> Awaitable[Any]:
+        raise NotPossibleError(f"{self.name} runs no coroutine functions")
+
     async def gather(self, function: Function, count: int) -> None:
         """Calls a function often, and awaits one by one where that is possible."""
         await asyncio.gather(*(self.call(function) for _ in range(count)))
@@ -73,6 +76,7 @@ class Asynclam(Contestant):
 
         self.executor = await self.stack.enter_async_context(Executor(self.workers))
         self.call = self.executor.run_cpu  # type: ignore[method-assign, assignment]
+        self.run_async = self.executor.run_async  # type: ignore[method-assign, assignment]
 
     async def map(self, function: Function, items: Iterable[Any]) -> list[Any]:
         return await self.executor.map_cpu(function, items)
@@ -153,7 +157,10 @@ class Aiomultiprocess(Contestant):
         self._pool = await self.stack.enter_async_context(Pool(self.workers))
 
     def call(self, function: Function, *args: Any) -> Awaitable[Any]:
-        result: Awaitable[Any] = self._pool.apply(jobs.awaited, (function, *args))
+        return self.run_async(jobs.awaited, function, *args)
+
+    def run_async(self, function: jobs.CoroutineFunction, *args: Any) -> Awaitable[Any]:
+        result: Awaitable[Any] = self._pool.apply(function, args)
         return result
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CoroutineFunction = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def noop(*_: object) -> None:
@@ -63,6 +64,10 @@ def look(data: Any) -> int:
 def burn_each(iterations: int, count: int) -> None:
     for _ in range(count):
         burn(iterations)
+
+
+async def nothing() -> None:
+    return None
 
 
 async def awaited(function: Callable[..., T], *args: Any) -> T:
