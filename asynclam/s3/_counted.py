@@ -42,9 +42,14 @@ class CountedBuffer(SharedBuffer):
     __slots__ = ("_end", "reader")
 
     def __init__(self, nbytes: int) -> None:
+        self._end: _End | None = None
         super().__init__(nbytes)
-        self.reader, writer = os.pipe()
-        self._end: _End | None = _End(writer)
+        try:
+            self.reader, writer = os.pipe()
+        except OSError:
+            self.close()
+            raise
+        self._end = _End(writer)
 
     def _open_view(self) -> memoryview:
         view = super()._open_view()

@@ -29,9 +29,11 @@ from ._together import together
 _ONE_STREAM = 32 << 20  # bytes; up to here one stream is as fast
 _RANGE = 8 << 20  # bytes, of which a stream takes one after the other
 _STREAMS = 4  # at once, for one object
-_PAUSE = 0.1  # seconds, at most, before the first try again; doubled for each further one
+_PAUSE = 0.1  # seconds, at most, before the first try again; doubled for each further one, up to
+_LONGEST_PAUSE = 20
 
 Progress = Callable[[int], object]
+MemoryFor = Callable[[int, Callable[[], None]], Awaitable[SharedBuffer]]
 Write = Callable[[int, bytes], None]
 
 
@@ -91,16 +93,27 @@ async def fetch(
     key: str,
     *,
     wanted: str | None = None,
-    memory_for: Callable[[int], Awaitable[SharedBuffer]],
+    memory_for: MemoryFor,
     progress: Progress | None,
 ) -> SharedBuffer:
-    """The same, into memory that is asked for when its length is known."""
+    """The same, into memory that is asked for when its length is known.
+
+    ``memory_for`` is given the length, and what gives the connection back: to be called before a wait for
+    others, who may need one to go on. The body is asked for again then.
+    """
     with located(bucket, key):
         source = Source(client, bucket, key)
         response = await source.open(wanted)
-        async with response["Body"] as body:
+        async with response["Body"] as opened:
+            body: Body | None = opened
+
+            def give_back() -> None:
+                nonlocal body
+                body = None
+                opened.close()
+
             extent = extent_of(response)
-            buffer = await memory_for(extent.nbytes)
+            buffer = await memory_for(extent.nbytes, give_back)
             try:
                 expected = None
                 if extent.whole:
@@ -127,7 +140,7 @@ def _header_of(byte_range: tuple[int, int | None] | None) -> str | None:
     return f"bytes={start}-{'' if stop is None else stop - 1}"
 
 
-async def _memory_for(into: SharedBuffer | None, nbytes: int) -> SharedBuffer:
+async def _memory_for(into: SharedBuffer | None, nbytes: int, _: object) -> SharedBuffer:
     if into is None:
         return SharedBuffer(nbytes)
     if into.nbytes < nbytes:
@@ -148,26 +161,49 @@ def _writer(buffer: SharedBuffer) -> Write:
 
 
 async def _verified(
-    transfer: _Transfer, body: Body, expected: Expected | None, buffer: SharedBuffer
+    transfer: _Transfer, body: Body | None, expected: Expected | None, buffer: SharedBuffer
 ) -> None:
     if expected is None:
         await transfer.run(body)
         return
-    source = transfer.source
-    ends: list[int] = []
-    certain = True
     if expected.parts:
-        ends, certain = await source.likely_part_ends(expected.parts, buffer.nbytes)
-    async with Verification(expected, buffer, ends) as verification:
-        transfer.reached = verification.reached
+        mismatch = await _mismatch_of_parts(transfer, body, expected, buffer)
+    else:
+        async with Verification(expected, buffer, ()) as verification:
+            transfer.reached = verification.reached
+            await transfer.run(body)
+            mismatch = await verification.mismatch()
+    if mismatch:
+        raise mismatch
+
+
+async def _mismatch_of_parts(
+    transfer: _Transfer, body: Body | None, expected: Expected, buffer: SharedBuffer
+) -> Exception | None:
+    """Asks for the parts beside the transfer: their request may have to wait for its connections."""
+    source = transfer.source
+    complete = asyncio.Event()
+    mismatch: Exception | None = None
+    certain = True
+
+    async def run() -> None:
         await transfer.run(body)
-        mismatch = await verification.mismatch()
+        complete.set()
+
+    async def verify() -> None:
+        nonlocal mismatch, certain
+        ends, certain = await source.likely_part_ends(expected.parts, buffer.nbytes)
+        async with Verification(expected, buffer, ends) as verification:
+            transfer.tell(verification.reached)
+            await complete.wait()
+            mismatch = await verification.mismatch()
+
+    await together((run(), verify()))
     if mismatch and not certain:
         ends = await source.part_ends(expected.parts, buffer.nbytes)
         async with Verification(expected, buffer, ends) as verification:
             mismatch = await verification.mismatch()
-    if mismatch:
-        raise mismatch
+    return mismatch
 
 
 class _Transfer:
@@ -192,8 +228,13 @@ class _Transfer:
         self._complete = 0  # ranges from the beginning that are
         self._waiting = deque(range(len(self._ends)))
 
-    async def run(self, body: Body) -> None:
-        """Reads all, beginning with a body that has it all."""
+    def tell(self, reached: Callable[[int], object]) -> None:
+        """Has it called from here on, and at once for what is there."""
+        self.reached = reached
+        reached(self._marks[self._complete])
+
+    async def run(self, body: Body | None) -> None:
+        """Reads all, beginning with a body that has it all, if that is there."""
         if len(self._ends) == 1:
             await self._read(0, body)
         else:
@@ -217,21 +258,21 @@ class _Transfer:
             try:
                 async with body:
                     await self._receive(number, reader_of(body), exact=exact)
-            except Exception as error:
-                broken = as_broken(error, self.source.url)
-                if broken is None or attempt >= self.source.tries:
-                    raise (broken or error) from error
+            except _BrokenError as error:
+                if attempt >= self.source.tries:
+                    raise error.reason from error.__cause__
             else:
                 return
             body, exact = None, True
-            await asyncio.sleep(random.uniform(0, _PAUSE * 2**attempt))  # noqa: S311
+            pause = min(_PAUSE * 2**attempt, _LONGEST_PAUSE)
+            await asyncio.sleep(random.uniform(0, pause))  # noqa: S311
 
     async def _receive(
         self, number: int, read: Callable[[], Awaitable[bytes]], *, exact: bool
     ) -> None:
         position, end = self._marks[number], self._ends[number]
         while position < end:
-            chunk = await read()
+            chunk = await self._next(read)
             if not chunk:
                 raise _wrong_length(position, end)
             if exact and len(chunk) > end - position:
@@ -241,8 +282,16 @@ class _Transfer:
             position += len(chunk)
             self._mark(number, position)
             self._progress(len(chunk))
-        if exact and (chunk := await read()):  # which also gives the connection back
+        if exact and (chunk := await self._next(read)):  # which also gives the connection back
             raise _wrong_length(end + len(chunk), end)
+
+    async def _next(self, read: Callable[[], Awaitable[bytes]]) -> bytes:
+        try:
+            return await read()
+        except Exception as error:
+            if (broken := as_broken(error, self.source.url)) is None:
+                raise
+            raise _BrokenError(broken) from error
 
     def _mark(self, number: int, position: int) -> None:
         marks, ends = self._marks, self._ends
@@ -257,8 +306,14 @@ def _nobody(_: int) -> None:
     """Who does not want to know."""
 
 
-def _wrong_length(actual: int, expected: int) -> Exception:
+class _BrokenError(Exception):
+    """A body broke off, for that reason; may be tried again."""
+
+    def __init__(self, reason: Exception) -> None:
+        self.reason = reason
+
+
+def _wrong_length(actual: int, expected: int) -> _BrokenError:
     from botocore.exceptions import IncompleteReadError
 
-    error: Exception = IncompleteReadError(actual_bytes=actual, expected_bytes=expected)
-    return error
+    return _BrokenError(IncompleteReadError(actual_bytes=actual, expected_bytes=expected))

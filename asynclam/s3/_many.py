@@ -16,6 +16,8 @@ from ._client import Client
 from ._download import Progress, fetch
 from ._listing import Keys, names_of
 
+_SHARE = 3  # of a client's connections that a stream may hold while it waits for its turn
+
 
 @overload
 def download_many(
@@ -86,13 +88,16 @@ def download_many(
         at_least_one("budget", budget)
 
     async def download(turn: int, key: str, budget: Budget) -> list[tuple[str, SharedBuffer]]:
+        await budget.begin(turn)
         memory_for = partial(budget.buffer, turn)
         buffer = await fetch(client, bucket, key, memory_for=memory_for, progress=progress)
         if on_object:
             on_object(key, buffer.nbytes)
         return [(key, buffer)]
 
-    downloads = _Downloads(keys, download, default_budget() if budget is None else budget, ordered)
+    if budget is None:
+        budget = default_budget()
+    downloads = _Downloads(keys, download, client, budget, ordered=ordered)
     return _DownloadStream(downloads, at_least_one("limit", limit), ordered, return_exceptions)
 
 
@@ -100,10 +105,17 @@ class _Downloads:
     """Those of one stream, and the budget that they share for as long as any is under way."""
 
     def __init__(
-        self, keys: Keys, download: Callable[..., Any], budget: int | None, ordered: bool
+        self,
+        keys: Keys,
+        download: Callable[..., Any],
+        client: Client,
+        budget: int | None,
+        *,
+        ordered: bool,
     ) -> None:
         self._keys = keys
         self._download = download
+        self._client = client
         self._limit = budget
         self._ordered = ordered
         self._budget: Budget | None = None  # made on the loop
@@ -124,7 +136,8 @@ class _Downloads:
 
     def start(self, chunk: Any, turn: int) -> asyncio.Future[list[Any]]:
         if self._budget is None:
-            self._budget = Budget(self._limit, in_order=self._ordered)
+            held = self._client.meta.config.max_pool_connections // _SHARE
+            self._budget = Budget(self._limit, in_order=self._ordered, most_held=held)
         self._running += 1
         task = asyncio.get_running_loop().create_task(self._download(turn, chunk[0], self._budget))
         task.add_done_callback(partial(self._done, turn))

@@ -41,6 +41,9 @@ class Multipart:
         self._client = client
         self._target = dict(target)
         self._conditions = dict(conditions)
+        # Of all bytes, where S3 can tell that from those of the parts.
+        is_crc = target.get("ChecksumAlgorithm", "CRC32").startswith("CRC")
+        self._checksum = {"ChecksumType": "FULL_OBJECT" if is_crc else "COMPOSITE"}
         self._progress = progress
         self._parts: list[dict[str, Any]] = []
         self._asking = asyncio.Lock()
@@ -48,7 +51,7 @@ class Multipart:
     async def run(self, first: Part, parts: Parts) -> None:
         """Uploads the first part and all others."""
         creating = asyncio.ensure_future(
-            self._client.create_multipart_upload(ChecksumType="FULL_OBJECT", **self._target)
+            self._client.create_multipart_upload(**self._checksum, **self._target)
         )
         try:
             upload = (await asyncio.shield(creating))["UploadId"]
@@ -87,7 +90,7 @@ class Multipart:
             self._client.complete_multipart_upload(
                 UploadId=upload,
                 MultipartUpload={"Parts": sorted(self._parts, key=lambda part: part["PartNumber"])},
-                ChecksumType="FULL_OBJECT",
+                **self._checksum,
                 **self._accepted("CompleteMultipartUpload"),
                 **self._conditions,
             )

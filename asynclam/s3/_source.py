@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 from ._client import Client
 from ._places import explain
+from ._together import together
 
 Body = Any  # of aiobotocore
 Response = Mapping[str, Any]
@@ -125,13 +125,14 @@ class Source:
 
     async def part_ends(self, parts: int, nbytes: int) -> list[int]:
         """Where its parts end, which takes a request for each of them."""
-        limit = asyncio.Semaphore(_HEADS)
+        lengths = [0] * parts
+        waiting = iter(range(parts))
 
-        async def length(number: int) -> int:
-            async with limit:
-                return await self._part_length(number)
+        async def ask() -> None:
+            for index in waiting:
+                lengths[index] = await self._part_length(index + 1)
 
-        lengths = await asyncio.gather(*(length(number + 1) for number in range(parts)))
+        await together(ask() for _ in range(min(_HEADS, parts)))
         ends = list(accumulate(lengths))
         if ends[-1] != nbytes:
             raise _refusal(f"its parts have {ends[-1]:,} bytes, and it has {nbytes:,}")

@@ -45,7 +45,8 @@ async def upload(
         if_none_match: ``"*"``: only if there is no such object yet.
         if_match: only if the object that is there has this ETag.
         progress: called on the loop with the number of bytes that S3 has got since the last call.
-        **settings: what ``put_object`` takes, such as ``ContentType`` or ``Metadata``.
+        **settings: what both ``put_object`` and ``create_multipart_upload`` take, such as
+            ``ContentType`` or ``Metadata``.
 
     Raises:
         TypeError: ``data`` is not bytes-like, or gives what is not.

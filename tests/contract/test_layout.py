@@ -78,7 +78,7 @@ ARROWS = {
     "s3._places": set(),
     "s3._together": set(),
     "s3._checksums": {"_memory", "s3._together"},
-    "s3._source": {"s3._client", "s3._places"},
+    "s3._source": {"s3._client", "s3._places", "s3._together"},
     "s3._download": {
         "_memory", "s3._checksums", "s3._client", "s3._places", "s3._source", "s3._together",
     },

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import pickle
 import sys
 import warnings
@@ -14,6 +16,7 @@ from botocore import exceptions
 
 from asynclam import s3
 from asynclam.s3 import _client, _counted, _download, _listing, _multipart, _parts, _places, _source
+from tests.parts.s3_objects import MIB, held_segments
 
 
 class Client:
@@ -106,7 +109,7 @@ async def test_more_than_was_asked_for() -> None:
     transfer = _download._Transfer(
         source(), _source.Extent(0, 3, whole=True), lambda _, data: written.append(data), None
     )
-    with pytest.raises(exceptions.BotoCoreError):
+    with pytest.raises(_download._BrokenError):
         await transfer._receive(0, read, exact=True)
     assert written == [b"abc"]
 
@@ -166,6 +169,21 @@ def test_a_counted_buffer_without_its_descriptors() -> None:
     """It travels only to a worker and back, as every SharedBuffer."""
     with pytest.raises(pickle.UnpicklingError, match="without its descriptor"):
         _counted._receive(0, 1, 10)
+
+
+@pytest.mark.filterwarnings("error")  # of what is raised while it is dropped
+def test_a_counted_buffer_without_its_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit of descriptors its memory is freed, and the error raised."""
+    before = held_segments()
+    monkeypatch.setattr(_counted, "os", SimpleNamespace(pipe=_no_descriptor))
+    with pytest.raises(OSError, match="Too many"):
+        _counted.CountedBuffer(MIB)
+    while held_segments() > before:  # a thread frees it
+        pass
+
+
+def _no_descriptor() -> tuple[int, int]:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_preloading_without_aiobotocore(monkeypatch: pytest.MonkeyPatch) -> None:

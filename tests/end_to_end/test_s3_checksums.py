@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,11 @@ import pytest
 from botocore.exceptions import FlexibleChecksumError
 
 from asynclam import s3
-from tests.parts.s3_objects import MIB, content, every, is_get
+from tests.parts.s3_objects import MIB, PATIENCE, content, every, is_get
 from tests.parts.s3_proxy import Spoilt
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Behind
+    from tests.end_to_end.conftest import Behind, MakeClient
 
 ALGORITHMS = ["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"]
 LEAST = 5 * MIB  # of a part, for S3
@@ -76,6 +77,34 @@ async def test_of_an_object_in_unequal_parts(
     key = f"parts-{algorithm}-{kind}"
     data = await in_parts(s3_client, bucket, key, kind, ChecksumAlgorithm=algorithm)
     await verified(behind, bucket, key, data)
+
+
+@pytest.mark.parametrize("algorithm", ["CRC32", "SHA256"])
+async def test_of_what_was_uploaded_in_parts(
+    behind: Behind, s3_client: Any, bucket: str, algorithm: str
+) -> None:
+    """A CRC is of all bytes; of the others S3 has only those of the parts."""
+    data, key = content(9 * MIB), f"uploaded-{algorithm}"
+    await s3.upload(s3_client, bucket, key, data, ChecksumAlgorithm=algorithm)
+    head = await s3_client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    assert head[f"Checksum{algorithm}"].endswith("-2") == (algorithm == "SHA256")
+    await verified(behind, bucket, key, data)
+
+
+async def test_as_many_downloads_as_connections(s3_client_with: MakeClient, bucket: str) -> None:
+    """Those of objects in parts ask for the parts: with connections that others have done with."""
+    keys = [f"together-{number}" for number in range(3)]
+    async with s3_client_with(max_concurrency=len(keys)) as client:
+        objects = {
+            key: await in_parts(client, bucket, key, "COMPOSITE", ChecksumAlgorithm="CRC32")
+            for key in keys
+        }
+        downloads = asyncio.gather(*(s3.download(client, bucket, key) for key in keys))
+        for data, buffer in zip(
+            objects.values(), await asyncio.wait_for(downloads, PATIENCE), strict=True
+        ):
+            with buffer:
+                assert buffer.view == data
 
 
 async def test_an_object_without_a_checksum(s3_client: Any, bucket: str) -> None:

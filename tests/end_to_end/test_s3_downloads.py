@@ -100,6 +100,20 @@ async def test_only_the_rest_of_the_range_is_asked_for_again(behind: Behind, buc
     assert sum(seen) == MIB
 
 
+async def test_an_error_of_a_callback(s3_client: Any, bucket: str) -> None:
+    """It is raised, also if it looks like a broken connection, and nothing is tried again."""
+    await s3.upload(s3_client, bucket, "callback", content(1000))
+    calls: list[int] = []
+
+    def fail(nbytes: int) -> None:
+        calls.append(nbytes)
+        raise ConnectionResetError("the user's")
+
+    with pytest.raises(ConnectionResetError, match="the user's"):
+        await s3.download(s3_client, bucket, "callback", progress=fail)
+    assert calls == [1000]
+
+
 async def test_what_breaks_off_always_is_an_error(behind: Behind, bucket: str) -> None:
     """After as many tries as the client is configured to make, and never part of an object."""
     cut = lambda size: Spoilt(cut=min(size - 1, 10))

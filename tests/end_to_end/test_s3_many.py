@@ -18,11 +18,11 @@ from asynclam import SharedBuffer, s3
 from asynclam.s3 import _budget, _many
 from asynclam.s3._budget import Budget
 from tests.end_to_end import s3_jobs
-from tests.parts.s3_objects import KIB, PATIENCE, content, held_segments, is_get
+from tests.parts.s3_objects import KIB, MIB, PATIENCE, content, held_segments, is_get
 from tests.parts.s3_proxy import Seen, Spoilt
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Behind
+    from tests.end_to_end.conftest import Behind, MakeClient
     from tests.parts.gate import Gate
 
 NBYTES = 64 * KIB
@@ -219,6 +219,74 @@ async def test_a_slow_first_object_holds_nothing_up_for_ever(
             del buffer
     assert sorted(found) == keys
     assert not ordered or found == keys
+
+
+LARGE = 2 * MIB  # so that it is not all in the buffers while nobody reads it
+
+
+@pytest.fixture
+async def large_keys(s3_client: Any, bucket: str) -> list[str]:
+    """Twelve objects that hold a connection until they are read."""
+    names = [f"large/{number:02}" for number in range(12)]
+    await asyncio.gather(*(s3.upload(s3_client, bucket, key, content(LARGE)) for key in names))
+    return names
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_what_waits_for_memory_has_no_connection(
+    s3_client_with: MakeClient, bucket: str, large_keys: list[str], ordered: bool
+) -> None:
+    """Who has taken an object may use the client before the memory is free."""
+    sizes = []
+    async with s3_client_with(max_concurrency=3) as client:
+
+        async def read() -> None:
+            downloads = s3.download_many(
+                client, bucket, large_keys, budget=LARGE, limit=12, ordered=ordered
+            )
+            async for key, buffer in downloads:
+                with buffer:
+                    assert buffer.view == content(LARGE)
+                    head = await client.head_object(Bucket=bucket, Key=key)
+                    sizes.append(head["ContentLength"])
+
+        await asyncio.wait_for(read(), PATIENCE)
+    assert sizes == [LARGE] * len(large_keys)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_two_streams_of_one_client(
+    s3_client_with: MakeClient, bucket: str, large_keys: list[str], ordered: bool
+) -> None:
+    """Each has its budget, and leaves the other the connections that it needs."""
+    settings: dict[str, Any] = {"budget": LARGE, "limit": 6, "ordered": ordered}
+    async with s3_client_with(max_concurrency=4) as client:
+
+        async def read() -> list[bool]:
+            same = []
+            others = s3.download_many(client, bucket, large_keys[6:], **settings)
+            async with others, s3.download_many(client, bucket, large_keys[:6], **settings) as ours:
+                async for _, buffer in ours:
+                    _, other = await anext(others)
+                    with buffer, other:
+                        same.append(buffer.view == other.view)
+            return same
+
+        assert await asyncio.wait_for(read(), PATIENCE) == [True] * 6
+
+
+async def test_objects_are_asked_for_when_there_is_room(
+    behind: Behind, bucket: str, keys: list[str]
+) -> None:
+    """Once for each: but for those that were, before it was known how long objects are."""
+    async with behind() as (proxy, client):
+        downloads = s3.download_many(client, bucket, keys, budget=2 * NBYTES, limit=4)
+        async for _, buffer in downloads:
+            await some_turns()
+            buffer.close()
+            del buffer
+        asked = sum(map(is_get, proxy.requests))
+    assert len(keys) <= asked <= len(keys) + 4
 
 
 async def test_a_list_has_no_budget(s3_client: Any, bucket: str, keys: list[str]) -> None:
