@@ -71,7 +71,12 @@ class Coroutines:
         Raises:
             Exception: what has become of a reply that could not be sent.
         """
-        self._loop.run_forever()
+        while True:
+            try:
+                self._loop.run_forever()
+                break
+            except (SystemExit, KeyboardInterrupt):  # of a task, whose exception it also is
+                continue
         if self._failure is not None:
             raise self._failure
 

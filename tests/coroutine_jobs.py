@@ -39,6 +39,11 @@ async def fail(error):
     raise error
 
 
+async def fail_in_task(error):
+    """And awaits the task, which has the error, though it has left the loop, too."""
+    await asyncio.create_task(fail(error))
+
+
 async def through(path, result=None):
     """Enters the gate, and waits on the loop to be let go."""
     with open(Path(path, "entered"), "wb", buffering=0) as entered:

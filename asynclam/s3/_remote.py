@@ -13,6 +13,8 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from .._call import name_of
+from .._errors import JobExitError
 from .._memory import SharedBuffer
 from ._client import Client, client, preload
 from ._download import download
@@ -72,3 +74,8 @@ async def _take_turns(
             if not batch.return_exceptions:
                 raise
             results[index] = error
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            left = JobExitError(name_of(batch.function), error)
+            if not batch.return_exceptions:
+                raise left from error
+            results[index] = left

@@ -91,7 +91,9 @@ ARROWS = {
     "s3._many": {
         "_chunks", "_memory", "_streams", "s3._budget", "s3._client", "s3._download", "s3._listing",
     },
-    "s3._remote": {"_memory", "s3._client", "s3._download", "s3._together"},
+    "s3._remote": {
+        "_call", "_errors", "_memory", "s3._client", "s3._download", "s3._together",
+    },
     "s3._processing": {
         "_chunks", "_default", "_executor", "_memory", "_streams", "s3._listing", "s3._remote",
     },

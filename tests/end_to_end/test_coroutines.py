@@ -108,6 +108,17 @@ async def test_an_exception_that_would_end_something_else(executor, error):
     assert await executor.run_async(jobs.echo, 1) == 1
 
 
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()])
+async def test_an_exit_of_a_task(error):
+    """One that leaves the worker's loop by another task is for who awaits that, and for nobody beside it."""
+    async with Executor(1) as executor:
+        beside = asyncio.ensure_future(executor.run_async(jobs.echo, "beside", after=0.05))
+        with pytest.raises(JobExitError) as caught:
+            await executor.run_async(jobs.fail_in_task, error)
+        assert type(caught.value.original) is type(error)
+        assert await beside == "beside"
+
+
 async def test_stop_iteration(executor):
     """A coroutine cannot raise it: Python has made a RuntimeError of it (PEP 479)."""
     with pytest.raises(RuntimeError, match="StopIteration"):

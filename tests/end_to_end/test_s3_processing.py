@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,19 @@ async def test_errors_end_the_stream_or_take_their_places(
         assert isinstance(missing, Exception)
         results = await batches(s3_jobs.fails, return_exceptions=True)
         assert (str(results[0]), str(results[2])) == ("bulk/00", "bulk/01")
+
+
+async def test_a_function_that_exits(
+    bucket: str, objects: dict[str, bytes], settings: dict[str, Any]
+) -> None:
+    """It is the error of its object, and neither the end of the worker nor of what runs beside it."""
+    async with asynclam.Executor(1) as executor:
+        exits = partial(s3.process_many, bucket, list(objects)[:3], sys.exit, executor=executor)
+        with pytest.raises(asynclam.JobExitError):
+            await exits(**settings)
+        errors = await exits(return_exceptions=True, **settings)
+        assert [type(error) for error in errors] == 3 * [asynclam.JobExitError]
+        assert executor.statistics().worker_deaths == 0
 
 
 async def test_a_stream_that_is_left(
