@@ -2,8 +2,9 @@
 
 Theory of operation. One timer, while a cancelled job has time. The job may miss a signal (see
 :mod:`._guard`), so it is sent again at growing intervals until the page of marks says that it was
-heard. When the time is over, or whoever waits is cancelled once more, the worker is killed. Whatever
-ends the job, :meth:`Grace.end` is called where it is known to be gone.
+heard. When the time is over, or whoever waits is cancelled once more, the worker is killed. Time in
+which this process was stopped does not count: its worker may have been, too. Whatever ends the job,
+:meth:`Grace.end` is called where it is known to be gone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Grace:
         self.is_over = False
         self._loop = loop
         self._timer: TimerHandle | None = None
-        self._deadline = self._interval = 0.0
+        self._deadline = self._interval = self._next = 0.0
         self._tell: Callable[[], object] = _nothing
         self._has_heard: Callable[[], bool] = _nothing
         self._kill: Callable[[], object] = _nothing
@@ -63,9 +64,14 @@ class Grace:
             self._kill()
             return
         self._interval = min(2 * self._interval, _LONGEST)
-        self._timer = self._loop.call_later(min(self._interval, left), self._look)
+        seconds = min(self._interval, left)
+        self._next = self._loop.time() + seconds
+        self._timer = self._loop.call_later(seconds, self._look)
 
     def _look(self) -> None:
+        late = self._loop.time() - self._next
+        if late > _LONGEST:
+            self._deadline += late
         if not self._has_heard():
             self._tell()
         self._wait()

@@ -1184,9 +1184,10 @@ def _signal_orphan(worker: _Worker, number: int) -> None:
 
 
 def _kill_orphan(worker: _Worker) -> None:
-    # Where the end of its life does not. Init reaps it, so its pid may be another's by now; that its
-    # channel was open just before makes this as good as certain, and nobody else is left to do it.
-    if worker.pid is not None and not worker.bound:
+    # Where the end of its life does not: that reaches no group whose worker is dead. Init reaps it, so
+    # its pid may be another's by now; that its channel was open just before makes this as good as
+    # certain, and nobody else is left to do it.
+    if worker.pid is not None and (worker.channel.ended or not worker.bound):
         try:
             os.killpg(worker.pid, signal.SIGKILL)
         except OSError:

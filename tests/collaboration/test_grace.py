@@ -267,6 +267,37 @@ def test_a_shield_without_anyio(monkeypatch):
         assert "anyio" not in sys.modules
 
 
+def test_time_in_which_the_process_is_stopped():
+    """It does not count, whatever the clock says when it goes on: nobody has had it."""
+
+    class Clock:
+        now, timers = 0.0, []
+
+        def create_future(self):
+            return None
+
+        def time(self):
+            return self.now
+
+        def call_later(self, seconds, callback):
+            self.timers.append((self.now + seconds, callback))
+
+        def go_on(self, *, stopped=0.0):
+            due, callback = self.timers.pop()
+            self.now = due + stopped
+            callback()
+
+    clock, killed = Clock(), []
+    grace = _grace.Grace(clock)
+    grace.begin(1.0, bool, lambda: True, lambda: killed.append(clock.now))
+    for stopped in (0, 30, 0, 20):
+        clock.go_on(stopped=stopped)
+    assert not killed
+    while clock.timers:
+        clock.go_on()
+    assert killed == [pytest.approx(51)]
+
+
 def test_its_loop_is_closed():
     """The next loop does not hear of it, and nothing is called in the one that is closed."""
     loop = asyncio.new_event_loop()

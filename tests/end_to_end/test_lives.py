@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import asynclam
-from asynclam import Executor, _forkserver
+from asynclam import Executor, WorkerDiedError, _forkserver
+from tests import jobs
 from tests.parts.gate import pass_through
 from tests.parts.processes import ended
 
@@ -209,6 +210,21 @@ async def test_cancelled_when_the_fork_server_is_dead(monkeypatch, gate, bound):
         await task
     await ended(worker)
     await executor.aclose()
+
+
+async def test_a_death_when_the_fork_server_is_dead(gate):
+    """What the jobs of the worker had spawned ends with it."""
+    async with Executor(1, start_method="fork") as executor:
+        spawned = await executor.run_cpu(jobs.spawn_forever)
+        task = asyncio.ensure_future(executor.run_cpu(hold, gate.path))
+        worker = await gate.entered()
+        os.kill(_forkserver.ensure("fork").pid, signal.SIGKILL)
+        while executor._pool._control is not None:
+            await asyncio.sleep(0)
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError):
+            await task
+        await ended(spawned)
 
 
 async def test_cancelled_while_the_fork_server_is_stopped(gate):
