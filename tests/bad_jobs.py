@@ -190,6 +190,21 @@ class ReducesAndHangs(Exception):
         return Exception, ()
 
 
+class ReducesAndEnds(Exception):
+    def __reduce__(self):
+        os._exit(4)
+
+
+class SetsStateOddly(Exception):
+    """Raises in its __setstate__, in whatever process that is."""
+
+    def __reduce__(self):
+        return SetsStateOddly, self.args, self.args
+
+    def __setstate__(self, args):
+        raise odd(*args)
+
+
 class UnreducesOddly(Exception):
     def __reduce__(self):
         return raise_odd, self.args
@@ -514,24 +529,9 @@ def abort():
     os.abort()
 
 
-def trace():
-    sys.settrace(lambda *_: raise_odd("SystemExit"))
-
-
-def profile():
-    sys.setprofile(lambda *_: raise_odd("SystemExit"))
-
-
 def break_excepthook():
     sys.excepthook = None
     raise ValueError("without a hook")
-
-
-def break_builtins():
-    import builtins
-
-    builtins.Exception = None
-    return "broken"
 
 
 def break_pickle():
@@ -545,13 +545,6 @@ def forget_modules():
 
 def execute():
     os.execv(sys.executable, [sys.executable, "-c", "raise SystemExit(8)"])
-
-
-def exit_at_exit():
-    import atexit
-
-    atexit.register(os._exit, 7)
-    return "registered"
 
 
 async def coroutine():
