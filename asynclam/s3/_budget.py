@@ -15,6 +15,7 @@ from .._sizing import memory
 from ._counted import CountedBuffer
 
 _LONG = 30  # seconds without anything given back, after which it is said
+_FIRST = 8  # objects that are asked for before it is known how long any is
 _SHARE = 4  # a quarter of the memory; the other three are for what is made of the objects
 
 
@@ -75,8 +76,9 @@ class Budget:
     def _may_begin(self) -> bool:
         if self._limit is None or not (self.used or self._asked or self._begun):
             return True
-        usual = self._usual()
-        return self.used + self._asked + (len(self._begun) + 1) * usual <= self._limit
+        if not self._objects:
+            return len(self._begun) < _FIRST
+        return self.used + self._asked + (len(self._begun) + 1) * self._usual() <= self._limit
 
     def _usual(self) -> int:
         return self._bytes // self._objects if self._objects else 0
