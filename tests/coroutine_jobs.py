@@ -30,6 +30,12 @@ async def pid(_=None):
     return os.getpid()
 
 
+async def take(nbytes):
+    """Keeps so much memory, written to, in its worker."""
+    _made.append(b"1" * nbytes)
+    return os.getpid()
+
+
 async def loop_name():
     return type(asyncio.get_running_loop()).__module__.split(".")[0]
 

@@ -25,6 +25,7 @@ from tests import coroutine_jobs as jobs
 from tests.logging_jobs import NAME, request
 
 MANY = 50
+MIB = 1 << 20
 
 
 @pytest.fixture(params=[1, 0], ids=["worker", "inline"])
@@ -473,10 +474,10 @@ async def test_limits(gate):
         pids = [await executor.run_async(jobs.pid) for _ in range(4)]
         assert pids[0] == pids[1] != pids[2] == pids[3]
         assert executor.statistics().workers_spent == 2
-    async with Executor(1, max_memory_per_child=1) as executor:
+    async with Executor(1, max_memory_per_child=32 * MIB) as executor:
         first = asyncio.ensure_future(executor.run_async(jobs.through, gate.path))
         pid = await gate.entered()
-        assert await executor.run_async(jobs.pid) == pid  # after which it has too much
+        assert await executor.run_async(jobs.take, 64 * MIB) == pid
         assert await asyncio.wait_for(_other_pid(executor, gate, first), 60) != pid
         assert executor.statistics().workers_grown
 
