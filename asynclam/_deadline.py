@@ -1,9 +1,9 @@
 """The deadline of an invocation: its handler is cancelled before the runtime would kill all.
 
 The runtime kills the sandbox and reports nothing but "Task timed out", with the loop, the workers
-and all connections. A cancel some time before says what was running, and keeps them warm. The timer
-is the loop's, and so goes by the monotonic clock; the deadline is a time of the wall clock. So when
-the timer ends, the wall clock is asked.
+and all connections. A cancel some time before says what was running, and keeps all warm but the
+workers that are in the middle of a job. The timer is the loop's, and so goes by the monotonic clock;
+the deadline is a time of the wall clock. So when the timer ends, the wall clock is asked.
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ import atexit
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from . import _call, _context, _server
 from ._deadline import Deadline
@@ -27,6 +28,9 @@ from ._default import default_executor, set_default_executor
 from ._errors import JobExitError
 from ._executor import Executor
 from ._sandbox import Lifespan, Sandbox
+
+if TYPE_CHECKING:
+    from ._termination import Watch
 
 Event = TypeVar("Event")
 Context = TypeVar("Context")
@@ -37,6 +41,8 @@ Outcome = tuple[Any, BaseException | None]  # of a handler: its result, or what 
 _UNLIMITED = float("inf")
 _MOST_CLEANING = 1.0  # seconds that what an invocation has left has to end
 _LEAST_CLEANING = 0.02  # the same, when there is no time
+_WOULD = "end the Lambda runtime"
+_RUNTIME = "AWS_LAMBDA_RUNTIME_API"  # the variable that says where it is
 # What suspends a durable function is no Exception; the decorator above, which has called, waits for it.
 _DURABLE = "aws_durable_execution_sdk_python."
 
@@ -112,7 +118,11 @@ class Handler(Generic[Event, Context, Result]):
         self._executor = executor
         self._sandbox: Sandbox | None = None
         self._task: asyncio.Task[Outcome] | None = None  # of the invocation that runs
+        # Whose turn it is: an invocation's, or that of who leaves the lifespan, in whatever thread.
+        self._turn = threading.RLock()
         self._is_terminated = False  # SIGTERM came while the loop was running
+        self._process = 0  # whose signals are handled
+        self._watch: Watch | None = None  # has SIGTERM heard while the main thread waits in C
         self._is_registered = False  # at the hooks of SnapStart
         # So that what functools.wraps() makes of it, a decorator above, can be started, too.
         vars(self).update(start=self.start, close=self.close)
@@ -124,17 +134,17 @@ class Handler(Generic[Event, Context, Result]):
 
         Raises:
             DeadlineExceededError: it was cancelled, for the runtime would have killed it.
-            JobExitError: it raised ``SystemExit``, or another exception that is no ``Exception``.
+            JobExitError: it raised ``SystemExit``, or another exception that is no ``Exception``;
+                or its lifespan did.
             RuntimeError: an event loop runs already in this thread.
         """
         self._refuse_running_loop()
-        return self.outermost(event, context)
+        with self._turn:
+            return self.outermost(event, context)
 
     def invoke(self, event: Event, context: Context) -> Result:
         """The same, without the decorators that know no coroutine functions."""
-        if self._sandbox is not None and self._sandbox.ended:
-            self.close()  # raises why; the next invocation starts anew
-        sandbox = self._started()
+        sandbox = self._ready()
         invocation = invocation_of(context)
         coroutine = outcome_of(
             self.__wrapped__, event, context, invocation=invocation, state=sandbox.state
@@ -151,6 +161,18 @@ class Handler(Generic[Event, Context, Result]):
             if self._is_terminated:
                 self._end_by_signal()
         return self.returned(outcome, deadline)  # type: ignore[no-any-return]
+
+    def _ready(self) -> Sandbox:
+        """What an invocation runs in. What the lifespan raises is for the runtime to report."""
+        try:
+            if self._sandbox is not None and self._sandbox.ended:
+                self._close()  # raises why; the next invocation starts anew
+            return self._started()
+        except BaseException as error:
+            if isinstance(error, Exception) or _is_ctrl_c(error):
+                raise
+            name = f"the lifespan of {_call.name_of(self.__wrapped__)}"
+            raise JobExitError(name, error, _WOULD) from error
 
     def deadline(
         self,
@@ -178,9 +200,9 @@ class Handler(Generic[Event, Context, Result]):
     def _run(self, sandbox: Sandbox, task: asyncio.Task[Outcome]) -> Outcome | None:
         try:
             sandbox.run(task)
-        except KeyboardInterrupt:
-            raise  # Ctrl-C, or as good as that: the handler's own was caught
         except BaseException as error:  # of another task, or it was cancelled before it began
+            if _is_ctrl_c(error):
+                raise
             return None, error
         return task.result() if task.done() else None
 
@@ -207,8 +229,7 @@ class Handler(Generic[Event, Context, Result]):
             return result
         if isinstance(error, Exception) or type(error).__module__.startswith(_DURABLE):
             raise error
-        name = _call.name_of(self.__wrapped__)
-        raise JobExitError(name, error, "end the Lambda runtime") from error
+        raise JobExitError(_call.name_of(self.__wrapped__), error, _WOULD) from error
 
     def _clear(self, sandbox: Sandbox, invocation: _context.Invocation) -> None:
         """Cancels what the invocation has left; what does not end takes the loop with it."""
@@ -217,9 +238,9 @@ class Handler(Generic[Event, Context, Result]):
         seconds = max(_LEAST_CLEANING, min(_MOST_CLEANING, invocation.left() / 2))
         try:
             stubborn = sandbox.cancel_left(seconds)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # one of them has raised SystemExit
+            if _is_ctrl_c(error):
+                raise
             self._retire(sandbox, seconds, f"one raised {error!r}")
             return
         if stubborn:
@@ -242,9 +263,9 @@ class Handler(Generic[Event, Context, Result]):
         self._forget()
         try:
             sandbox.retire(seconds)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
+        except BaseException as error:
+            if _is_ctrl_c(error):
+                raise
             logger.exception("the lifespan failed when it was left")
 
     # --- its life --------------------------------------------------------------------------------
@@ -260,7 +281,8 @@ class Handler(Generic[Event, Context, Result]):
         """
         if _server.role == "loop process":
             self._refuse_running_loop()
-            self._started()
+            with self._turn:
+                self._started()
             if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
                 self._register()
 
@@ -279,7 +301,13 @@ class Handler(Generic[Event, Context, Result]):
             set_default_executor(self._executor)
         default_executor().prepare()
         self._watch_termination()
-        self._sandbox = Sandbox(self.lifespan)
+        try:
+            self._sandbox = Sandbox(self.lifespan)
+        except BaseException:
+            self._forget()
+            if self._is_terminated:
+                self._end_by_signal()
+            raise
         default_executor().prestart(self._sandbox.loop)
         atexit.register(self.close)
         if self._is_terminated:
@@ -288,6 +316,10 @@ class Handler(Generic[Event, Context, Result]):
 
     def close(self) -> None:
         """Leaves the lifespan and closes the loop; the next invocation starts anew. Runs at exit."""
+        with self._turn:
+            self._close()
+
+    def _close(self) -> None:
         sandbox = self._sandbox
         if sandbox is not None:
             self._forget()
@@ -296,30 +328,54 @@ class Handler(Generic[Event, Context, Result]):
     def _forget(self) -> None:
         self._sandbox = None
         atexit.unregister(self.close)
-        if _is_main_thread() and signal.getsignal(signal.SIGTERM) == self._on_termination:
+        if not _is_main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) == self._on_termination:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
 
     # --- SIGTERM, which Lambda sends to a sandbox that has an extension ----------------------------
 
     def _watch_termination(self) -> None:
         if _is_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._process = os.getpid()
             signal.signal(signal.SIGTERM, self._on_termination)
+            if _waits_in_c():
+                from ._termination import Watch  # after the fork server was forked: it is a thread
+
+                self._watch = Watch(self._on_unheard_termination)
 
     def _on_termination(self, _signal: int, _frame: object) -> None:
-        if asyncio._get_running_loop() is None:
-            self._end_by_signal()
+        if os.getpid() != self._process:  # of a forked child, whose lifespan is its parent's
+            _die_of_sigterm()
+        if asyncio._get_running_loop() is None and self._turn.acquire(blocking=False):
+            try:
+                self._end_by_signal()
+            finally:
+                self._turn.release()
             return
+        # Else an invocation runs, here or in another thread, or the lifespan is being left there.
         self._is_terminated = True
         if self._task is not None:
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+
+    def _on_unheard_termination(self) -> None:
+        """Called in a thread: the main one may wait in C, and not hear of it."""
+        with self._turn:
+            if signal.getsignal(signal.SIGTERM) == self._on_termination:
+                self._end_by_signal()
 
     def _end_by_signal(self) -> None:
         """Closes, and ends as if nobody had handled the signal."""
         try:
             self.close()
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            if _is_main_thread():
+                _die_of_sigterm()
+            else:  # where no handler can be set back
+                os._exit(128 + signal.SIGTERM)
 
     def _refuse_running_loop(self) -> None:
         if asyncio._get_running_loop() is not None:
@@ -332,6 +388,27 @@ class Handler(Generic[Event, Context, Result]):
 
 def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Whether it is to end the program: nobody presses Ctrl-C in Lambda, so there it is an error."""
+    return isinstance(error, KeyboardInterrupt) and _RUNTIME not in os.environ
+
+
+def _die_of_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _waits_in_c() -> bool:
+    """Whether the runtime client waits for events in C, in the main thread.
+
+    From Python 3.12 on it does so in a thread, where AWS_EXECUTION_ENV says so (awslambdaric,
+    lambda_config.py).
+    """
+    return _RUNTIME in os.environ and (
+        sys.version_info < (3, 12) or "AWS_EXECUTION_ENV" not in os.environ
+    )
 
 
 @overload
@@ -358,8 +435,8 @@ def lambda_handler(
 
     Tasks that an invocation has begun and not awaited are cancelled when it ends. ``margin`` seconds
     before the runtime would kill the sandbox the handler is cancelled, and DeadlineExceededError, which
-    says what was running, is reported: loop and workers stay warm. What the handler returns in spite
-    of the cancel counts. Code that blocks the loop is not interrupted.
+    says what was running, is reported: the loop and idle workers stay warm. What the handler returns in
+    spite of the cancel counts. Code that blocks the loop is not interrupted.
 
     Args:
         fn: the coroutine function, where it is used as plain ``@lambda_handler``.

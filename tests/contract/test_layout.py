@@ -67,10 +67,11 @@ ARROWS = {
     "_snapstart": {"_default"},
     "_sandbox": {"_loops"},
     "_deadline": {"_context", "_errors", "_executor"},
+    "_termination": {"_descriptors"},
     "_decorators": {"_call"},
     "_handler": {
         "_call", "_context", "_deadline", "_decorators", "_default", "_errors", "_executor", "_sandbox",
-        "_server", "_snapstart",
+        "_server", "_snapstart", "_termination",
     },
     "testing": {"_decorators", "_default", "_executor", "_handler"},
     # The rooms of s3, of which those behind its door are lazy, too.

@@ -42,6 +42,12 @@ aws_xray_sdk.core.xray_recorder.emitter._socket.close()  # which it opens when i
 
 
 @pytest.fixture
+def in_lambda(monkeypatch):
+    """Where nobody presses Ctrl-C."""
+    monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", "nobody")
+
+
+@pytest.fixture
 def handlers():
     """Makes handlers, and closes them."""
     made = []
@@ -345,7 +351,8 @@ def test_a_task_that_does_not_end(handlers, caplog):
     assert (lifespan.entered, lifespan.left) == (2, 1)
 
 
-def test_a_lifespan_that_fails_when_the_loop_is_retired(handlers, caplog):
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_a_lifespan_that_fails_when_the_loop_is_retired(handlers, in_lambda, caplog, error):
     """It is told, and the invocation has its result all the same."""
 
     @asynccontextmanager
@@ -358,7 +365,7 @@ def test_a_lifespan_that_fails_when_the_loop_is_retired(handlers, caplog):
             try:
                 await asyncio.get_running_loop().create_future()
             finally:
-                sys.exit(3)
+                raise error
 
         handler.task = asyncio.create_task(exits())
         await asyncio.sleep(0)
@@ -366,7 +373,7 @@ def test_a_lifespan_that_fails_when_the_loop_is_retired(handlers, caplog):
 
     made = lambda_handler(lifespan=lifespan)(handler)
     assert made(None, None) == "result"
-    assert "SystemExit(3)" in caplog.text
+    assert repr(error) in caplog.text
     assert "in the lifespan" in caplog.text
 
 
@@ -432,11 +439,12 @@ def test_exits(handlers, error):
     assert handler(None, None) == loop
 
 
-def test_an_exit_of_another_task(handlers):
-    """SystemExit that leaves a task stops the loop: it is the invocation's error all the same."""
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_an_exit_of_another_task(handlers, in_lambda, error):
+    """What leaves a task stops the loop: it is the invocation's error all the same."""
 
     async def exits():
-        sys.exit(3)
+        raise error
 
     async def handler(event, context):
         if event is not None:
@@ -445,11 +453,61 @@ def test_an_exit_of_another_task(handlers):
         return "next"
 
     made = handlers(handler)
-    with pytest.raises(JobExitError, match=r"SystemExit\(3\)"):
+    with pytest.raises(JobExitError, match="end the Lambda runtime") as caught:
         made("exit", None)
+    assert caught.value.original is error
     assert made(None, None) == "next"
-    with pytest.raises(SystemExit):
+    with pytest.raises(type(error)):
         handler.task.result()
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
+)
+def test_an_exit_of_the_lifespan(handlers, in_lambda, terminated, error):
+    """As it is entered by an invocation, it is an ordinary error; at init it is raised as it is."""
+    raised = []
+
+    @asynccontextmanager
+    async def lifespan():
+        if len(raised) < 2:
+            raised.append(1)
+            raise error
+        yield "third"
+
+    async def handler(event, context):
+        return state()
+
+    handler = handlers(handler, lifespan=lifespan)
+    with pytest.raises(JobExitError, match=r"^the lifespan of .*end the Lambda runtime") as caught:
+        handler(None, None)
+    assert isinstance(caught.value.original, type(error))
+    with pytest.raises(type(error)):
+        handler.start()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "nothing is left half-made"
+    assert handler(None, None) == "third"
+
+
+def test_a_lifespan_that_is_cancelled(handlers):
+    """An invocation that cancels the lifespan's task is told at the next, and the one after runs."""
+    tasks = []
+
+    @asynccontextmanager
+    async def lifespan():
+        tasks.append(asyncio.current_task())
+        yield len(tasks)
+
+    async def handler(event, context):
+        if event is not None:
+            tasks[-1].cancel()
+            await asyncio.wait(tasks)
+        return state()
+
+    handler = handlers(handler, lifespan=lifespan)
+    assert handler("cancel", None) == 1
+    with pytest.raises(JobExitError, match=r"the lifespan of .* raised CancelledError"):
+        handler(None, None)
+    assert handler(None, None) == 2
 
 
 def test_a_loop_that_is_stopped(handlers):
@@ -483,15 +541,28 @@ async def lifespan():
 
 @lambda_handler(lifespan=lifespan)
 async def handler(event, context):
-    if event == "inside":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if event is not None:
+        event()
         try:
             await asyncio.get_running_loop().create_future()
         finally:
             print("cancelled", flush=True)
     return await run_cpu(abs, -1)
 
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
 handler.start()
+"""
+
+
+# From the main thread: on its way into a wait it could miss what comes from another.
+IN_A_THREAD = """
+import threading
+begun = threading.Event()
+threading.Thread(target=handler, args=(begun.set, None)).start()
+begun.wait()
+terminate()
 """
 
 
@@ -499,15 +570,16 @@ handler.start()
     ("end", "printed"),
     [
         (
-            "print(handler(None, None)); os.kill(os.getpid(), signal.SIGTERM)",
+            "print(handler(None, None)); terminate()",
             ["enter", "1", "leave"],
         ),
-        ("handler('inside', None)", ["enter", "cancelled", "leave"]),
+        ("handler(terminate, None)", ["enter", "cancelled", "leave"]),
+        (IN_A_THREAD, ["enter", "cancelled", "leave"]),
     ],
-    ids=["between invocations", "during one"],
+    ids=["between invocations", "during one", "during one in a thread"],
 )
 def test_sigterm(end, printed):
-    """The lifespan is left, and the process ends as by that signal."""
+    """The lifespan is left, and the process ends as by that signal, or with its status."""
     done = subprocess.run(
         [sys.executable, "-u", "-X", "dev", "-c", PROGRAM + end],
         capture_output=True,
@@ -515,7 +587,28 @@ def test_sigterm(end, printed):
         timeout=60,
         check=False,
     )
-    assert (done.stdout.split(), done.returncode) == (printed, -15), done.stderr
+    status = 128 + signal.SIGTERM if end is IN_A_THREAD else -signal.SIGTERM
+    assert (done.stdout.split(), done.returncode) == (printed, status), done.stderr
+
+
+def test_sigterm_of_a_forked_child():
+    """It ends the child, which has no lifespan to leave; its parent does not hear of it."""
+    child = """
+child = os.fork()
+if not child:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(1)
+print(os.WTERMSIG(os.waitpid(child, 0)[1]), handler(None, None))
+"""
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", PROGRAM + child],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "AWS_LAMBDA_RUNTIME_API": "nobody"},
+    )
+    assert (done.stdout.split(), done.returncode) == (["enter", "15", "1", "leave"], 0), done.stderr
 
 
 @pytest.fixture
@@ -542,6 +635,42 @@ def test_sigterm_between_invocations(handlers, terminated):
     assert (lifespan.entered, lifespan.left) == (1, 1)
     assert terminated == [(os.getpid(), signal.SIGTERM)]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_that_a_thread_hears(handlers, terminated, monkeypatch):
+    """It leaves the lifespan, alone, and ends the process; an invocation that begins has to wait."""
+    steps, leaving, asked = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(os, "_exit", steps.append)
+
+    class Turn(type(threading.RLock())):
+        def __enter__(self):
+            if leaving.is_set():
+                asked.set()
+            return super().__enter__()
+
+    @asynccontextmanager
+    async def lifespan():
+        steps.append("enter")
+        yield
+        leaving.set()
+        asked.wait()
+        steps.append("leave")
+
+    async def handler(event, context):
+        steps.append("invocation")
+
+    handler = handlers(handler, lifespan=lifespan)
+    handler._turn = Turn()
+    handler.start()
+    thread = threading.Thread(target=handler._on_unheard_termination)
+    thread.start()
+    leaving.wait()
+    signal.raise_signal(signal.SIGTERM)  # which the main thread may hear, too
+    assert (steps, terminated) == (["enter"], [])
+    handler._is_terminated = False  # the process has not ended, so this is not its end
+    handler(None, None)
+    thread.join()
+    assert steps == ["enter", "leave", 128 + signal.SIGTERM, "enter", "invocation"]
 
 
 def test_sigterm_during_an_invocation(handlers, terminated):
@@ -581,6 +710,24 @@ def test_sigterm_while_the_lifespan_is_entered(handlers, terminated):
     assert terminated == [(os.getpid(), signal.SIGTERM)]
 
 
+def test_sigterm_while_the_lifespan_fails(handlers, terminated):
+    """The process ends, although there is nothing to be left."""
+
+    @asynccontextmanager
+    async def lifespan():
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0)
+        raise KeyError("in the lifespan")
+        yield
+
+    async def handler(event, context):
+        pass
+
+    with pytest.raises(KeyError):
+        handlers(handler, lifespan=lifespan).start()
+    assert terminated == [(os.getpid(), signal.SIGTERM)]
+
+
 def test_no_handler_of_sigterm_stays(handlers, terminated):
     """A handler that is closed leaves the signal as it was."""
 
@@ -592,6 +739,29 @@ def test_no_handler_of_sigterm_stays(handlers, terminated):
     handler.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert not terminated
+
+
+def test_where_sigterm_is_watched(handlers, terminated, monkeypatch):
+    """Under a runtime client that may wait in C, by one thread, which ends with the sandbox."""
+
+    async def handler(event, context):
+        return [thread for thread in threading.enumerate() if thread.name == "asynclam SIGTERM"]
+
+    monkeypatch.delenv("AWS_EXECUTION_ENV", raising=False)
+    handler = handlers(handler)
+    assert handler(None, None) == []
+    handler.close()
+    monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", "nobody")
+    (thread,) = handler(None, None)
+    assert handler(None, None) == [thread]
+    handler.close()
+    thread.join()
+    monkeypatch.setenv("AWS_EXECUTION_ENV", "AWS_Lambda_python3.x")
+    threads = handler(None, None)
+    assert len(threads) == (sys.version_info < (3, 12))
+    handler.close()
+    for thread in threads:
+        thread.join()
 
 
 def test_a_signal_handler_of_the_user_s():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from asynclam._box import invocations
 from tests.parts.emulator import FunctionError, emulator
 
 FUNCTIONS = Path(__file__).parent / "functions"
@@ -72,6 +76,40 @@ def test_a_deadline(box: bool) -> None:
             after = function.invoke({})
             assert (after["loop"], after["process"]) == (before["loop"], before["process"])
 
+
+@pytest.mark.parametrize("image", [False, True], ids=["managed runtime", "image"])
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_sigterm_to_an_idle_sandbox(loop: str, image: bool) -> None:
+    """While the runtime client waits for an event, in C on some Pythons, the lifespan is left."""
+    told: queue.SimpleQueue[invocations.Told] = queue.SimpleQueue()
+    with invocations._served(told) as address:
+        variables = invocations._variables("requests.polite", address, invocations.How(timeout=30))
+        if image:  # where the base image is not AWS's, the runtime client knows no version
+            del variables["AWS_EXECUTION_ENV"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "awslambdaric", "requests.polite"],
+            cwd=FUNCTIONS,
+            env={**os.environ, **variables, "TESTS_LOOP": loop},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            for event in ("first", "second"):
+                request = told.get(timeout=_SECONDS)
+                assert request.kind == "next"
+                request.answer.put(invocations.Invocation(event, time.time() + 30))
+                assert json.loads(told.get(timeout=_SECONDS).body) == event
+            waiting = told.get(timeout=_SECONDS)
+            process.terminate()
+            try:
+                log, _ = process.communicate(timeout=_SECONDS)
+            finally:
+                process.kill()
+                waiting.answer.put(None)
+    assert log.split() == ["enter", "leave"]
+    assert process.returncode in {-signal.SIGTERM, 128 + signal.SIGTERM}
+
+
+_SECONDS = 20.0  # none of it takes more than one; a machine may be busy
 
 FRAMED = """
 import logging, os, sys

@@ -70,6 +70,21 @@ async def slow(event: dict[str, Any], context: object) -> dict[str, Any]:
     }
 
 
+@asynccontextmanager
+async def said() -> AsyncIterator[None]:
+    """Says when it is entered and left, and has a worker until then."""
+    print("enter", flush=True)
+    yield
+    await run_cpu(os.getpid)
+    print("leave", flush=True)
+
+
+@lambda_handler(lifespan=said)
+async def polite(event: object, context: object) -> object:
+    """Gives the event back."""
+    return event
+
+
 def spin() -> None:
     """Computes until somebody ends it."""
     while True:
@@ -80,5 +95,7 @@ if os.environ.get("_HANDLER", "").endswith(".run"):
     prepare()
 elif os.environ.get("_HANDLER", "").endswith(".slow"):
     slow.start()
+elif os.environ.get("_HANDLER", "").endswith(".polite"):
+    polite.start()
 else:
     kept.start()
