@@ -64,7 +64,7 @@ from ._job import USUAL, Counts, Job, Terms
 from ._life import Life
 from ._recipe import Recipe
 from ._turns import Rota, Work
-from ._worker import Marks
+from ._worker import Marks, kill_group
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, TimerHandle
@@ -1188,10 +1188,7 @@ def _kill_orphan(worker: _Worker) -> None:
     # its pid may be another's by now; that its channel was open just before makes this as good as
     # certain, and nobody else is left to do it.
     if worker.pid is not None and (worker.channel.ended or not worker.bound):
-        try:
-            os.killpg(worker.pid, signal.SIGKILL)
-        except OSError:
-            pass
+        kill_group(worker.pid)
 
 
 def _death(job: str, worker: _Worker, tries: int = 1) -> WorkerDiedError:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import _descriptors, _life, _limits, _wire
 from ._memory import map_segment
 from ._recipe import Recipe
-from ._worker import Marks, Worker, after_fork, flush, send_all
+from ._worker import Marks, Worker, after_fork, flush, kill_group, send_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -211,7 +211,7 @@ class _Server:
     def _kill(self, client: _Client, number: int) -> None:
         pid = client.workers.get(number)
         if pid is not None:  # else its EXITED is on its way
-            _kill_group(pid)
+            kill_group(pid)
             _signal_process(pid, signal.SIGKILL)  # a job may have left the group
 
     def _drop(self, client: _Client) -> None:
@@ -229,7 +229,7 @@ class _Server:
             if ended is None:
                 return
             pid = ended.si_pid
-            _kill_group(pid)  # what its jobs have spawned; the zombie still holds the number
+            kill_group(pid)  # what its jobs have spawned; the zombie still holds the number
             _, status = os.waitpid(pid, 0)
             client, number = self._owners.pop(pid, (None, 0))
             if client is not None:
@@ -243,13 +243,6 @@ def _watch(parent: int) -> int:
         return _descriptors.private(os.pidfd_open(parent))
     except (AttributeError, OSError):  # not on macOS; forbidden; or it has ended already
         return -1
-
-
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except OSError:
-        pass  # it is empty
 
 
 def _signal_process(pid: int | None, number: int) -> None:

@@ -322,8 +322,13 @@ def end_group() -> None:
         os.setpgid(0, os.getpgid(os.getppid()))  # leaves it, so that the exit status is its own
     except OSError:  # pragma: no cover - killed below; its parent is not the fork server any more
         pass
+    kill_group(group)
+
+
+def kill_group(pid: int) -> None:
+    """Kills whoever is in the process group of a worker."""
     try:
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
     except OSError:
         pass  # it is empty
 

@@ -11,6 +11,7 @@ from . import jobs
 from .contestants import Contestant
 from .figures import Line, Place, Results, Samples
 from .rows import LOOPS, Row, Task, everywhere, ours
+from .small import trip_seconds
 
 _PEER = "aiomultiprocess"
 _WAIT = 0.01  # seconds
@@ -29,9 +30,11 @@ async def coroutines(task: Task) -> Samples:
     if task.place.contestant == "asynclam":
         for _ in range(task.size(5, 1)):
             async with task.contestant(workers=1) as contestant:
-                taken["trip before"] += await _trips(contestant, task.size(1000, 20))
+                await contestant.call(jobs.noop)
+                taken["trip before"] += await trip_seconds(contestant, task.size(1000, 20))
                 await contestant.run_async(jobs.nothing)
-                taken["trip after"] += await _trips(contestant, task.size(1000, 20))
+                await contestant.call(jobs.noop)
+                taken["trip after"] += await trip_seconds(contestant, task.size(1000, 20))
     return {name: values for name, values in taken.items() if values}
 
 
@@ -39,16 +42,6 @@ async def _rate(contestant: Contestant, count: int, function: jobs.CoroutineFunc
     begun = perf_counter()
     await asyncio.gather(*(contestant.run_async(function) for _ in range(count)))
     return count / (perf_counter() - begun)
-
-
-async def _trips(contestant: Contestant, count: int) -> list[float]:
-    taken = []
-    await contestant.call(jobs.noop)
-    for _ in range(count):
-        begun = perf_counter()
-        await contestant.call(jobs.noop)
-        taken.append(perf_counter() - begun)
-    return taken
 
 
 def _lines(results: Results) -> Iterator[Line]:

@@ -28,19 +28,20 @@ async def round_trips(task: Task) -> Samples:
     """One worker; bursts of trips and of bare ping-pongs over a Pipe, in turn."""
     with limits.child(limits.echo) as ping_pong:  # forked while this process has one thread
         async with task.contestant(workers=1) as contestant:
-            await _trips(contestant, _FEW)
+            await trip_seconds(contestant, _FEW)
             await _place(task.place.variant, contestant, ping_pong)
-            slow = min(await _trips(contestant, _FEW)) > _SLOW
+            slow = min(await trip_seconds(contestant, _FEW)) > _SLOW
             burst = _FEW if slow else _BURST
             trips: list[float] = []
             pipe: list[float] = []
             for _ in range(task.size(15, 3)):
-                trips += await _trips(contestant, burst)
+                trips += await trip_seconds(contestant, burst)
                 pipe += _ping_pongs(ping_pong, burst)
     return {"round trip": trips, "Pipe": pipe}
 
 
-async def _trips(contestant: Contestant, count: int) -> list[float]:
+async def trip_seconds(contestant: Contestant, count: int) -> list[float]:
+    """What no-op jobs take, one after the other."""
     call, noop = contestant.call, jobs.noop
     taken = []
     for _ in range(count):
