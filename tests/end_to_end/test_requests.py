@@ -20,26 +20,50 @@ from tests.parts.emulator import FunctionError, emulator
 FUNCTIONS = Path(__file__).parent / "functions"
 
 
+# Without a trace, and one at a time with one: what the emulator can do. Both kinds are in a box.
+EMULATORS = [
+    pytest.param(None, id="box"),
+    pytest.param(
+        1,
+        id="managed",
+        marks=pytest.mark.skipif(os.getuid() != 0, reason="for root: see tests.parts.managed"),
+    ),
+]
+
+
 @pytest.mark.outside
+@pytest.mark.parametrize("concurrency", EMULATORS)
 @pytest.mark.parametrize("log_format", ["Text", "JSON"])
 @pytest.mark.parametrize(
     ("handler", "loop"), [("kept", "uvloop"), ("kept", "asyncio"), ("run", "asyncio")]
 )
-def test_three_invocations(handler: str, loop: str, log_format: str) -> None:
+def test_three_invocations(
+    handler: str, loop: str, log_format: str, concurrency: int | None
+) -> None:
     """The same worker serves them; its lines have the request id, its environment the trace id."""
     environment = {
         "TESTS_LOOP": loop,
         "AWS_LAMBDA_LOG_FORMAT": log_format,
         "AWS_LAMBDA_LOG_LEVEL": "INFO",
     }
-    with emulator(f"requests.{handler}", cwd=FUNCTIONS, env=environment) as function:
-        results = [function.invoke({}) for _ in range(3)]
+    traces = [
+        f"Root=1-67891233-{number:024x};Parent={number:016x};Sampled=1" for number in range(3)
+    ]
+    with emulator(
+        f"requests.{handler}",
+        cwd=FUNCTIONS,
+        env=environment,
+        box=concurrency is None,
+        concurrency=concurrency,
+    ) as function:
+        results = [function.invoke({}, trace) for trace in traces]
         log = function.log
     requests = [result["request"] for result in results]
     assert len(set(requests)) == 3
     assert {result["loop"] for result in results} == {loop}
     assert len({result["pid"] for result in results}) == 1
-    assert all(result["trace"] == result["expected"] for result in results)
+    expected = [None] * 3 if concurrency is None else traces
+    assert [result["trace"] for result in results] == expected
     lines = [line for line in log.splitlines() if " of " in line]
     assert sorted(map(told_of(log_format), lines)) == sorted(
         (request, f"{who} of {request}")

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +38,30 @@ def test_managed_instances(tmp_path, run_in_box):
     assert len(workers) == 2
     assert all(len(own) == 1 for own in workers.values())
     assert len(set.union(*workers.values())) == 2
+
+
+@pytest.mark.outside
+@pytest.mark.skipif(os.getuid() != 0, reason="for root: see tests.parts.managed")
+def test_managed_instances_in_the_emulator():
+    """Invocations at once, each with its own ids, in processes that have their own workers."""
+    traces = [
+        f"Root=1-67891233-{number:024x};Parent={number:016x};Sampled=1" for number in range(9)
+    ]
+    with (
+        emulator("shapes.meet", cwd=FUNCTIONS, env=PATH, memory=4096, concurrency=3) as function,
+        socket.create_server(("127.0.0.1", 0)) as meeting,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        results = threads.map(function.invoke, [meeting.getsockname()[1]] * 9, traces)
+        for _ in range(3):
+            three = [meeting.accept()[0] for _ in range(3)]
+            for invocation in three:
+                invocation.close()
+        results = list(results)
+    assert [result["trace"] for result in results] == traces
+    assert len({result["request"] for result in results}) == 9
+    homes = {(result["pid"], result["worker"]) for result in results}
+    assert len(homes) == len(dict(homes)) == 3
 
 
 @pytest.mark.outside

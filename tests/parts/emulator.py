@@ -5,7 +5,7 @@
 
 The emulator is the static binary in the package ``aws-sam-cli``. It starts the runtime client,
 ``python -m awslambdaric``, at the first invocation and again whenever that has died, and takes one
-event at a time.
+event at a time. As on Managed Instances (``concurrency``) it takes some, and passes on trace ids.
 
 No process is left behind, whatever the function did. A process group would not be enough, since a
 function may call setsid(), and a box ends on its own time after a kill. So all of them inherit a
@@ -42,6 +42,7 @@ _ROOT = Path(__file__).resolve().parents[2]  # to be seen in a box, wherever it 
 _HOST = "127.0.0.1"
 _MARK = "ASYNCLAM_EMULATOR"
 _INVOCATIONS = "/2015-03-31/functions/function/invocations"
+_UNAVAILABLE = '{"errorType":"Runtime.Unavailable"}'
 _BINARIES = {"x86_64": "aws-lambda-rie-x86_64", "aarch64": "aws-lambda-rie-arm64"}
 
 _SECONDS_TO_START = 20.0
@@ -71,7 +72,8 @@ class FunctionError(EmulatorError):
 class Function:
     """A function that is ready to be invoked."""
 
-    def __init__(self, port: int, log: IO[bytes], timeout: float) -> None:
+    def __init__(self, pidfd: int, port: int, log: IO[bytes], timeout: float) -> None:
+        self._pidfd = pidfd  # of the emulator
         self._port = port
         self._log = log
         self._timeout = timeout
@@ -82,24 +84,35 @@ class Function:
         descriptor = self._log.fileno()
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
-    def invoke(self, event: object = None) -> Any:
+    def invoke(self, event: object = None, trace: str | None = None) -> Any:
         """Invokes the function and returns its result.
+
+        Args:
+            event: What it is called with.
+            trace: The X-Ray id of the invocation; the emulator passes it on as on Managed Instances.
 
         Raises:
             FunctionError: The handler raised, ran out of time or took the runtime with it.
             EmulatorError: No answer came.
         """
+        headers = {} if trace is None else {"X-Amzn-Trace-Id": trace}
+        deadline = time.monotonic() + _SECONDS_OF_INIT
+        while (body := self._post(json.dumps(event), headers)) == _UNAVAILABLE:
+            # As on Managed Instances, and the emulator does not say when a runtime is ready.
+            if _ends_within(self._pidfd, _SECONDS_BETWEEN_TRIES) or time.monotonic() > deadline:
+                raise EmulatorError(f"no runtime became ready\n{_quoted(self.log)}")
+        return self._result(body)
+
+    def _post(self, event: str, headers: dict[str, str]) -> str:
         connection = http.client.HTTPConnection(_HOST, self._port, timeout=self._timeout)
         with contextlib.closing(connection):
             try:
-                connection.request("POST", _INVOCATIONS, json.dumps(event))
-                response = connection.getresponse()
-                body = response.read().decode()
+                connection.request("POST", _INVOCATIONS, event, headers)
+                return connection.getresponse().read().decode()
             except (OSError, http.client.HTTPException) as error:
                 raise EmulatorError(
                     f"the emulator did not answer: {error!r}\n{_quoted(self.log)}"
                 ) from error
-        return self._result(body)
 
     def _result(self, body: str) -> Any:
         try:
@@ -124,6 +137,7 @@ def emulator(
     cpus: int | None = None,
     timeout: int = 30,
     memory: int = 1769,
+    concurrency: int | None = None,
 ) -> Iterator[Function]:
     """Yields the function whose handler is ``module.name`` in the directory ``cwd``.
 
@@ -136,6 +150,8 @@ def emulator(
         cpus: The number of CPUs of the box.
         timeout: Seconds that an invocation may take.
         memory: MB of memory that the function is told to have.
+        concurrency: As on Managed Instances, so many invocations at once: see tests.parts.managed.
+            For root, and for a function whose directory is not in a box.
 
     Raises:
         EmulatorError: It does not come up, or something of it cannot be ended.
@@ -148,12 +164,19 @@ def emulator(
             stack.enter_context(_binary()),
             *("--runtime-api-address", f"{_HOST}:{api_port}"),
             *("--runtime-interface-emulator-address", f"{_HOST}:{port}"),
-            *(sys.executable, "-m", "awslambdaric", handler),
         ]
+        runtime = [sys.executable, "-m", "awslambdaric", handler]
+        settings = _settings(timeout, memory)
+        if concurrency is None:
+            argv += runtime
+        else:
+            start = [sys.executable, "-m", "tests.parts.managed", os.fspath(Path(cwd).absolute())]
+            argv, cwd = [*start, *argv, "--", *runtime], _ROOT
+            settings["AWS_LAMBDA_MAX_CONCURRENCY"] = str(concurrency)
         process = subprocess.Popen(
             boxes.command(argv, shm=shm, cpus=cpus, bind=[_ROOT]) if box else argv,
             cwd=cwd,
-            env={**os.environ, **_settings(timeout, memory), **(env or {}), _MARK: mark},
+            env={**os.environ, **settings, **(env or {}), _MARK: mark},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -161,8 +184,9 @@ def emulator(
         )
         stack.enter_context(process)
         stack.callback(_end_all, mark)
-        function = Function(port, log, timeout + _SECONDS_OF_INIT)
-        _await_start(process, function, port)
+        pidfd = stack.enter_context(_pidfd(process.pid))
+        function = Function(pidfd, port, log, timeout + _SECONDS_OF_INIT)
+        _await_start(process, pidfd, function, port)
         yield function
 
 
@@ -196,20 +220,21 @@ def _free_ports(count: int) -> list[int]:
         return [listener.getsockname()[1] for listener in sockets]
 
 
-def _await_start(process: subprocess.Popen[bytes], function: Function, port: int) -> None:
+def _await_start(
+    process: subprocess.Popen[bytes], pidfd: int, function: Function, port: int
+) -> None:
     deadline = time.monotonic() + _SECONDS_TO_START
-    with _pidfd(process.pid) as descriptor:
-        while not _is_listening(port):
-            if _ends_within(descriptor, _SECONDS_BETWEEN_TRIES):
-                raise EmulatorError(
-                    f"the emulator ended with status {process.wait()} before it listened\n"
-                    + _quoted(function.log)
-                )
-            if time.monotonic() > deadline:
-                raise EmulatorError(
-                    f"the emulator did not listen within {_SECONDS_TO_START} seconds\n"
-                    + _quoted(function.log)
-                )
+    while not _is_listening(port):
+        if _ends_within(pidfd, _SECONDS_BETWEEN_TRIES):
+            raise EmulatorError(
+                f"the emulator ended with status {process.wait()} before it listened\n"
+                + _quoted(function.log)
+            )
+        if time.monotonic() > deadline:
+            raise EmulatorError(
+                f"the emulator did not listen within {_SECONDS_TO_START} seconds\n"
+                + _quoted(function.log)
+            )
 
 
 def _is_listening(port: int) -> bool:

@@ -32,8 +32,7 @@ async def main(context: Any) -> dict[str, Any]:
     logger.info("handler of %s", context.aws_request_id)
     told = await run_cpu(job, context.aws_request_id)
     loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
-    trace = os.environ.get("_X_AMZN_TRACE_ID")
-    return {**told, "request": context.aws_request_id, "loop": loop, "expected": trace}
+    return {**told, "request": context.aws_request_id, "loop": loop}
 
 
 @powertools.inject_lambda_context
