@@ -49,6 +49,7 @@ from asynclam._job import Terms
 from asynclam._pool import Plan, Pool
 from tests import jobs
 from tests.parts.actors import result_body
+from tests.parts.outcomes import second_outcomes
 
 _EXAMPLES = int(os.environ.get("ASYNCLAM_MODEL", "50"))
 _STEPS = 50
@@ -148,11 +149,13 @@ class Model(RuleBasedStateMachine):
             mock.patch.multiple(_forkserver, ensure=lambda _: self, discard=lambda _: None)
         )
         self.patches.enter_context(mock.patch.object(os, "killpg", self.killpg))
+        self.patches.enter_context(second_outcomes(self.unhandled.append))
         self.controls = []  # of all fork servers; the last one lives
         self.processes = []
         self.jobs = {}  # by number
         self.values = {}  # what the result of each will be
         self.runs = {}  # how often each has run
+        self.replies = {}  # what workers have said of each: the kinds of it
         self.begun = {}  # who had them: their code, or that of their arguments, may have run
         self.harmed = set()  # processes that were killed, not by the pool, or have written garbage
         self.cancelled = set()
@@ -436,7 +439,9 @@ class Model(RuleBasedStateMachine):
         order = process.coroutines.pop(number)
         if number in process.cancelled:
             process.channel.send(_wire.SKIPPED, order)
-        elif raises:
+            return
+        self.replies.setdefault(number, set()).add("raises" if raises else "result")
+        if raises:
             process.channel.send(_wire.RAISED, number, _raised.dumps(KeyError(self.values[number])))
         else:
             process.channel.send(_wire.RESULT, number, result_body(self.values[number]), _SHORT)
@@ -454,6 +459,8 @@ class Model(RuleBasedStateMachine):
 
     def answer(self, process, flags, also=""):
         frame, process.job = process.job, None
+        reply = also if also in {"raises", "unreadable"} else "result"
+        self.replies.setdefault(frame.number, set()).add(reply)
         kind, body = _wire.RESULT, result_body(self.values[frame.number])
         if also == "raises":
             kind, body = _wire.RAISED, _raised.dumps(KeyError(self.values[frame.number]))
@@ -551,9 +558,10 @@ class Model(RuleBasedStateMachine):
             assert number in self.cancelled
             return
         error = future.exception()
+        replies = self.replies.get(number, ())
         if error is None:
             assert future.result() == self.values[number]
-            assert self.runs[number] >= 1
+            assert "result" in replies
         elif isinstance(error, WorkerDiedError):
             # It had begun in a worker that died by itself, or was next when three had died.
             had_begun = self.harmed.intersection(self.begun.get(number, ()))
@@ -562,9 +570,11 @@ class Model(RuleBasedStateMachine):
             assert self.killed
         elif isinstance(error, WorkerStartError):
             assert self.runs.get(number, 0) <= self.jobs[number].tries
+        elif isinstance(error, PayloadError):
+            assert "unreadable" in replies
         else:
-            assert isinstance(error, KeyError | PayloadError)
-            assert self.runs[number] >= 1
+            assert (type(error), error.args) == (KeyError, (self.values[number],))
+            assert "raises" in replies
 
     @invariant()
     def the_pool_is_consistent(self):

@@ -86,14 +86,22 @@ async def test_random_numbers(executor):
     assert len(set(drawn)) == 20
 
 
-async def test_the_fork_server_dies():
+async def test_the_fork_server_dies(gate):
     """Killed, it is replaced; the workers that run go on to the end of their job."""
     async with Executor(1) as executor:
         server = await executor.run_cpu(jobs.parent_pid)
+        job = asyncio.ensure_future(executor.run_cpu(gate_job, gate.path))
+        await gate.entered()
         os.kill(server, signal.SIGKILL)
         while executor._pool._control is not None:
             await asyncio.sleep(0)
-        assert await executor.run_cpu(jobs.parent_pid) != server
+        assert not job.done()
+        gate.open()
+        assert await job
+        assert gate.nobody_entered()  # a second time
+        successor = await executor.run_cpu(jobs.parent_pid)
+        assert [successor] == [server.pid for server in _forkserver._servers.values()]
+        assert successor != server
 
 
 def test_the_fork_server_dies_unnoticed():

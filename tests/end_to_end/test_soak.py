@@ -1,10 +1,14 @@
 """A short soak in every run of the suite, each with another seed; ``make soak`` is the long one."""
 
+import asyncio
 import subprocess
 import sys
 
 import pytest
 
+from asynclam._call import Call
+from asynclam._job import Job
+from tests.parts.outcomes import second_outcomes
 from tests.soak import ledger, report
 from tests.soak.round import Settings
 
@@ -32,25 +36,39 @@ def book(tmp_path):
 
 
 def test_the_ledger_finds_what_is_wrong(book):
-    """A job without outcome, one with two, one that begins twice: each is told."""
+    """A job without outcome, one that begins twice, one that never has: each is told."""
     from tests.soak import work
 
     work.initialize(str(book.path), 0)
     for number in (0, 1, 1, 2):
         work.echo(number)
     book.settle(0, ledger.VALUE)
-    book.settle(0, ledger.CANCELLED)
     book.settle(1, ledger.VALUE)
     book.settle(3, ledger.VALUE)
     book.check()
     assert [text.split(", in worker")[0] for text in book.wrong] == [
-        "job 0 has two outcomes",
         "job 1 (, result) has begun 2 times",
         "job 2 () has no outcome",
         "job 3 () has an outcome, and not begun",
     ]
     work._page.close()
     work._page = None
+
+
+async def test_a_second_outcome_is_seen():
+    """That of a job that has one, but not that of a job that was cancelled."""
+    wrong = []
+    with second_outcomes(wrong.append):
+        for give in (Job.succeed, Job.fail):
+            twice, cancelled = (
+                Job(Call(int, (), {}), asyncio.get_running_loop().create_future()) for _ in range(2)
+            )
+            twice.succeed(1)
+            assert wrong == []
+            give(twice, ValueError())
+            cancelled.future.cancel()
+            give(cancelled, ValueError())
+            assert wrong.pop().startswith(f"job {twice.number} has two outcomes")
 
 
 def test_the_report_tells_what_is_wrong():

@@ -33,6 +33,7 @@ from asynclam import (
     _memory,
     _streams,
 )
+from tests.parts.outcomes import second_outcomes
 from tests.soak import kinds, ledger, work
 from tests.soak.disturbances import Disturber
 
@@ -248,7 +249,8 @@ def run(settings: Settings) -> Findings:
         with tempfile.TemporaryDirectory(prefix="soak-") as directory:
             book = ledger.Ledger(directory, jobs)
             life = Life(settings, jobs, random, book)
-            _run_until_complete(new_loop(), life, findings)
+            with second_outcomes(book.complain):
+                _run_until_complete(new_loop(), life, findings)
             book.check()
             findings.wrong += book.wrong
             findings.outcomes.update(book.counts())
