@@ -1,4 +1,4 @@
-"""Rows about S3: a large object to a worker, small ones in bulk, real ones, and a budget."""
+"""Rows about S3: a large object to a worker, small ones in bulk, real ones, a budget, and faults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import jobs, processes, s3_peers
 from .contestants import NotPossibleError
@@ -18,6 +18,9 @@ from .figures import Line, Place, Results, Samples
 from .large import watched
 from .rows import CHART_LOOP, CORES, LOOPS, MIB, Row, Task, ours
 from .work import NO_SETTINGS, iterations_for
+
+if TYPE_CHECKING:
+    from asynclam._demo.seaweedfs import Server
 
 _BUCKET = "benchmark"
 _AIOBOTOCORE = s3_peers.Aiobotocore.name
@@ -28,8 +31,8 @@ _PEERS = tuple(
 
 
 @asynccontextmanager
-async def storage() -> AsyncGenerator[int]:
-    """A server with TLS and an empty bucket, which the environment names; its process id."""
+async def storage() -> AsyncGenerator[Server]:
+    """A server with TLS and an empty bucket, which the environment names."""
     try:
         import trustme
 
@@ -51,7 +54,7 @@ async def storage() -> AsyncGenerator[int]:
                 os.environ["AWS_CA_BUNDLE"] = files[0]
                 async with s3.client() as client:
                     await client.create_bucket(Bucket=_BUCKET)
-                yield server.pid
+                yield server
         except ServerStartError as error:
             raise NotPossibleError(str(error).splitlines()[0]) from error
 
@@ -174,12 +177,15 @@ async def small_objects(task: Task) -> Samples:
             run = partial(_run_small, task.place, peer, executor, iterations)
             await run(keys[:64])  # clients are made, connections opened
             for _ in range(task.size(3, 1)):
-                cpu, served = processes.cpu_seconds(server), processes.cpu_seconds_of(server)
+                cpu, served = (
+                    processes.cpu_seconds(server.pid),
+                    processes.cpu_seconds_of(server.pid),
+                )
                 begun = perf_counter()
                 await run(keys)
                 seconds = perf_counter() - begun
-                served = processes.cpu_seconds_of(server) - served
-                cpu = processes.cpu_seconds(server) - cpu
+                served = processes.cpu_seconds_of(server.pid) - served
+                cpu = processes.cpu_seconds(server.pid) - cpu
                 values = (seconds, served, cpu / CORES, seconds / (cpu / CORES))
                 for name, value in zip(_SMALL_UNITS, values, strict=True):
                     taken[name].append(value)
@@ -266,10 +272,10 @@ async def flights(task: Task) -> Samples:
             io = await _drain(s3.download_many(client, _BUCKET, objects))
             parse = executor.map_cpu(flights.summarize, days, ordered=False)
             parsing = await _drain(parse)
-            used = processes.cpu_seconds(server)
+            used = processes.cpu_seconds(server.pid)
             downloads = s3.download_many(client, _BUCKET, objects)
             both = await _drain(executor.map_cpu(flights.summarize, downloads, ordered=False))
-            used = (processes.cpu_seconds(server) - used) / CORES
+            used = (processes.cpu_seconds(server.pid) - used) / CORES
             values = (io, parsing, used, both, both / max(io, parsing, used))
             for name, value in zip(_FLIGHT_UNITS, values, strict=True):
                 taken[name].append(value)
@@ -354,4 +360,53 @@ BUDGET = Row(
     rounds=1,
 )
 
-ROWS = (LARGE, SMALL, FLIGHTS, BUDGET)
+# --- 44: faults ------------------------------------------------------------------------------------
+
+_WRONG = "wrong bytes, uploads left open, hangs"
+_SPOILT = "answers spoilt"
+
+
+async def faults(task: Task) -> Samples:
+    """Answers are cut off, late, wrong or missing: what uploads, downloads and workers make of it."""
+    from botocore.config import Config
+
+    from asynclam import Executor, s3
+    from tests.parts.s3_faults import Faults
+    from tests.parts.s3_proxy import S3Proxy
+
+    sizes = [
+        1,
+        64 * 1024,
+        task.size(MIB, 1000),
+        task.size(33 * MIB, 10_000),
+    ]  # the last one in ranges
+    config = Config(read_timeout=1, retries={"total_max_attempts": 3})
+    async with storage() as server, S3Proxy(server.endpoint_url) as proxy:
+        settings = {"endpoint_url": proxy.endpoint_url, "config": config}
+        async with s3.client(**settings) as through, s3.client() as direct, Executor(CORES) as own:
+            faults = Faults(proxy, through, direct, _BUCKET, settings)
+            await faults.downloads(sizes)
+            await faults.in_workers(sizes, own)
+            await faults.uploads(sizes)
+    found = faults.findings
+    return {_WRONG: [len(found.wrong)], _SPOILT: [sum(found.injected.values())]}
+
+
+def _fault_lines(results: Results) -> Iterator[Line]:
+    for loop in LOOPS:
+        what = f"S3 answers of eight kinds spoilt, at each size: {_WRONG}"
+        yield Line(44, what, loop, "", results.worst(_WRONG, ours(loop))).at_most(0)
+        yield Line(44, _SPOILT, loop, "", results.figure(_SPOILT, ours(loop)))
+
+
+FAULTS = Row(
+    44,
+    "faults between S3 and us",
+    faults,
+    tuple(map(ours, LOOPS)),
+    {_WRONG: "", _SPOILT: ""},
+    _fault_lines,
+    rounds=1,
+)
+
+ROWS = (LARGE, SMALL, FLIGHTS, BUDGET, FAULTS)

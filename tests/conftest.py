@@ -43,16 +43,25 @@ def _uvloop() -> asyncio.AbstractEventLoop:
     return _watched(uvloop.new_event_loop)
 
 
+SCHEMES = ["http", "https"]
 _LOOPS = {"asyncio": _stock_loop, "uvloop": _uvloop}
 
 
 def pytest_addoption(parser):
     parser.addoption("--loop", choices=list(_LOOPS), help="the only loop for tests that have one")
+    parser.addoption("--scheme", choices=SCHEMES, help="the only way to S3 for tests that need it")
 
 
 def pytest_asyncio_loop_factories(config, item):
     only = config.getoption("--loop")
     return _LOOPS if only is None else {only: _LOOPS[only]}
+
+
+def pytest_generate_tests(metafunc):
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "scheme" in metafunc.fixturenames and "scheme" not in chosen:
+        only = metafunc.config.getoption("--scheme")
+        metafunc.parametrize("scheme", SCHEMES if only is None else [only])
 
 
 @pytest.fixture(autouse=True)

@@ -54,45 +54,62 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def s3_server(authority: Authority) -> Iterator[Server]:
     """SeaweedFS with one bucket, with and without TLS. For a module: a box has little room in /tmp."""
     with seaweedfs((authority.chain_file, authority.key_file)) as server:
-        asyncio.run(_create_bucket(server))
+        asyncio.run(_create_bucket(_settings_of(server)))
         yield server
 
 
-async def _create_bucket(server: Server) -> None:
-    async with _client_of(server) as client:
+async def _create_bucket(settings: dict[str, Any]) -> None:
+    async with s3.client(**settings) as client:
         await client.create_bucket(Bucket=BUCKET)
 
 
-def _client_of(server: Server, **settings: Any) -> AbstractAsyncContextManager[Any]:
-    defaults = {
+def _settings_of(server: Server) -> dict[str, Any]:
+    return {
         "endpoint_url": server.endpoint_url,
         "aws_access_key_id": server.access_key,
         "aws_secret_access_key": server.secret_key,
         "region_name": server.region,
     }
-    return s3.client(**{**defaults, **settings})
+
+
+@pytest.fixture
+def s3_settings(s3_server: Server, scheme: str, authority: Authority) -> dict[str, Any]:
+    """What a client is made with; every test that uses it runs over HTTP and over TLS."""
+    settings = _settings_of(s3_server)
+    if scheme == "https":
+        settings |= {"endpoint_url": s3_server.tls_endpoint_url, "verify": authority.ca_file}
+    return settings
+
+
+@pytest.fixture
+def s3_environment(s3_server: Server, s3_settings: dict[str, Any]) -> dict[str, str]:
+    """The environment variables by which a process finds the server."""
+    variables = {"AWS_ENDPOINT_URL_S3": s3_settings["endpoint_url"]}
+    if "verify" in s3_settings:
+        variables["AWS_CA_BUNDLE"] = s3_settings["verify"]
+    return {**s3_server.environment(), **variables}
 
 
 class Behind(Protocol):
     """A client behind a proxy whose rule says what it spoils."""
 
     def __call__(
-        self, rule: Rule | None = None, *, tls: bool = False, **settings: Any
+        self, rule: Rule | None = None, **settings: Any
     ) -> AbstractAsyncContextManager[tuple[S3Proxy, Any]]: ...
 
 
 @pytest.fixture
-def behind(s3_server: Server, s3_client_with: MakeClient, authority: Authority) -> Behind:
+def behind(
+    s3_server: Server, s3_client_with: MakeClient, authority: Authority, scheme: str
+) -> Behind:
     """The proxy, and a client of the server behind it."""
+    context = authority.server_context() if scheme == "https" else None
 
     @asynccontextmanager
-    async def connect(rule: Rule | None = None, *, tls: bool = False, **settings: Any):
-        context = authority.server_context() if tls else None
+    async def connect(rule: Rule | None = None, **settings: Any):
         async with S3Proxy(s3_server.endpoint_url, context) as proxy:
             if rule is not None:
                 proxy.rule = rule
-            if tls:
-                settings["verify"] = authority.ca_file
             async with s3_client_with(endpoint_url=proxy.endpoint_url, **settings) as client:
                 yield proxy, client
 
@@ -113,19 +130,19 @@ class MakeClient(Protocol):
 
 
 @pytest.fixture
-def s3_client_with(s3_server: Server) -> MakeClient:
+def s3_client_with(s3_settings: dict[str, Any]) -> MakeClient:
     """For clients with a wrong secret, behind a proxy, and the like."""
 
     def make(**settings: Any) -> AbstractAsyncContextManager[Any]:
-        return _client_of(s3_server, **settings)
+        return s3.client(**{**s3_settings, **settings})
 
     return make
 
 
 @pytest_asyncio.fixture
-async def s3_client(s3_server: Server) -> AsyncIterator[Any]:
+async def s3_client(s3_settings: dict[str, Any]) -> AsyncIterator[Any]:
     """A client that is closed when the test ends."""
-    async with _client_of(s3_server) as client:
+    async with s3.client(**s3_settings) as client:
         yield client
 
 

@@ -16,8 +16,7 @@ from asynclam._demo import stage
 from tests.parts.emulator import FunctionError, emulator
 
 if TYPE_CHECKING:
-    from asynclam._demo.seaweedfs import Server
-    from tests.end_to_end.conftest import MakeClient
+    from tests.end_to_end.conftest import Authority, MakeClient
 
 pytestmark = pytest.mark.outside
 
@@ -60,7 +59,8 @@ def event_for(bucket: str) -> dict[str, Any]:
 
 
 def test_three_invocations_are_served_by_the_same_workers(
-    s3_server: Server,
+    s3_environment: dict[str, str],
+    authority: Authority,
     s3_client_with: MakeClient,
     bucket: str,
     days: Mapping[str, bytes],
@@ -71,8 +71,9 @@ def test_three_invocations_are_served_by_the_same_workers(
     with emulator(
         HANDLER,
         cwd=DIRECTORY,
-        env=s3_server.environment(),
+        env=s3_environment,
         box=box,
+        bind=[authority.ca_file],
         cpus=2,
         memory=TWO_WORKERS,
     ) as function:
@@ -84,9 +85,13 @@ def test_three_invocations_are_served_by_the_same_workers(
     assert json.loads(asyncio.run(download(s3_client_with, bucket, stage.REPORT))) == reports[2]
 
 
-def test_an_error_of_s3_is_that_of_the_function(s3_server: Server, box: bool) -> None:
+def test_an_error_of_s3_is_that_of_the_function(
+    s3_environment: dict[str, str], authority: Authority, box: bool
+) -> None:
     """A bucket that is not there fails the invocation as botocore says it; the runtime lives on."""
-    with emulator(HANDLER, cwd=DIRECTORY, env=s3_server.environment(), box=box) as function:
+    with emulator(
+        HANDLER, cwd=DIRECTORY, env=s3_environment, box=box, bind=[authority.ca_file]
+    ) as function:
         for _ in range(2):
             with pytest.raises(FunctionError, match="NoSuchBucket"):
                 function.invoke(event_for("no-such-bucket"))

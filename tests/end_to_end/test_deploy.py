@@ -184,14 +184,18 @@ def test_it_runs_in_the_box(package):
         print(f"{name}: cold {1000 * min(cold):.0f} ms, warm {1000 * min(warm):.1f} ms")
 
 
-async def test_it_does_s3_in_the_box(package, s3_server, s3_client, bucket):
+async def test_it_does_s3_in_the_box(package, s3_environment, authority, s3_client, bucket):
     """The trimmed package downloads, computes, and uploads."""
     for number in range(3):
         await s3.upload(s3_client, bucket, f"text-{number}", b"one two two ")
     keys = [f"text-{number}" for number in range(3)]
     event = {"bucket": bucket, "keys": keys, "report": "report.json"}
     with emulator(
-        "s3_to_s3.handler", cwd=package / "task", box=True, env=s3_server.environment()
+        "s3_to_s3.handler",
+        cwd=package / "task",
+        box=True,
+        env=s3_environment,
+        bind=[authority.ca_file],
     ) as function:
         before = time.perf_counter()
         assert function.invoke(event) == {"words": 9, "different": 2}

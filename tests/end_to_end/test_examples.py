@@ -47,13 +47,13 @@ def test_hello():
     assert invoke("hello", {"n": 10}) == {"result": 55}
 
 
-async def test_s3_to_s3(s3_server, s3_client, bucket):
+async def test_s3_to_s3(s3_environment, s3_client, bucket):
     """Objects are downloaded, counted, and the report is in S3."""
     texts = {f"text-{number}": b"one two two " * number for number in range(1, 6)}
     for key, text in texts.items():
         await s3.upload(s3_client, bucket, key, text)
     event = {"bucket": bucket, "keys": list(texts), "report": "report.json"}
-    assert invoke("s3_to_s3", event, **s3_server.environment()) == {"words": 45, "different": 2}
+    assert invoke("s3_to_s3", event, **s3_environment) == {"words": 45, "different": 2}
     report = await s3.download(s3_client, bucket, "report.json")
     assert json.loads(bytes(report.view)) == {"one": 15, "two": 30}
 
@@ -106,20 +106,20 @@ def test_sqs_batch():
     assert late == ["message-0", "message-1", "message-2"]
 
 
-async def test_s3_progress(s3_server, s3_client, bucket):
+async def test_s3_progress(s3_environment, s3_client, bucket):
     """Bars of rich and of tqdm go along with downloads."""
     for number in range(3):
         await s3.upload(s3_client, bucket, f"progress/{number}", b"one two three")
-    printed = run("s3_progress.py", bucket, "progress/", **s3_server.environment())
+    printed = run("s3_progress.py", bucket, "progress/", **s3_environment)
     assert "9 words" in printed
     assert "13 bytes" in printed or "tqdm is not installed" in printed
 
 
-async def test_s3_in_workers(s3_server, s3_client, bucket):
+async def test_s3_in_workers(s3_environment, s3_client, bucket):
     """Workers have clients of their own, which their initializer has made."""
     for number in range(20):
         await s3.upload(s3_client, bucket, f"workers/{number}", b"one two three " * number)
-    printed = run("s3_in_workers.py", bucket, "workers/", **s3_server.environment())
+    printed = run("s3_in_workers.py", bucket, "workers/", **s3_environment)
     assert printed == f"{3 * sum(range(20))} words\n"
 
 

@@ -18,18 +18,15 @@ from tests.parts.s3_objects import CUT_TLS, KIB, content, is_get
 
 if TYPE_CHECKING:
     from asynclam._demo.seaweedfs import Server
-    from tests.end_to_end.conftest import Authority, Behind, MakeClient
+    from tests.end_to_end.conftest import Behind, MakeClient
 
 pytestmark = CUT_TLS
 
 
-@pytest.mark.parametrize("tls", [False, True])
-async def test_connections_that_died_in_a_freeze_are_replaced(
-    behind: Behind, bucket: str, tls: bool
-) -> None:
+async def test_connections_that_died_in_a_freeze_are_replaced(behind: Behind, bucket: str) -> None:
     """The loop has had no turn to notice, as after a thaw; nobody sees an error, or waits."""
     keys = [f"thaw/{number}" for number in range(8)]
-    async with behind(tls=tls) as (proxy, client):
+    async with behind() as (proxy, client):
         for key in keys:
             await s3.upload(client, bucket, key, content(KIB))
         for download in await asyncio.gather(*(s3.download(client, bucket, key) for key in keys)):
@@ -81,6 +78,7 @@ async def credentials_of(
 )
 async def test_credentials_are_renewed(
     s3_server: Server,
+    s3_settings: dict[str, Any],
     bucket: str,
     monkeypatch: pytest.MonkeyPatch,
     lifetime: timedelta,
@@ -93,20 +91,17 @@ async def test_credentials_are_renewed(
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     async with credentials_of(s3_server, lifetime) as (url, asked):
         monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", url)
-        async with s3.client(
-            endpoint_url=s3_server.endpoint_url, region_name=s3_server.region
-        ) as client:
+        for name in ("aws_access_key_id", "aws_secret_access_key"):
+            del s3_settings[name]
+        async with s3.client(**s3_settings) as client:
             await s3.upload(client, bucket, "renewed", b"renewed")
             (await s3.download(client, bucket, "renewed")).close()
         assert (len(asked) > 1) is renewed
 
 
+@pytest.mark.parametrize("scheme", ["https"])
 async def test_certificates_are_loaded_once(
-    s3_client_with: MakeClient,
-    s3_server: Server,
-    authority: Authority,
-    bucket: str,
-    monkeypatch: pytest.MonkeyPatch,
+    s3_client_with: MakeClient, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many connections there are: it takes tens of milliseconds with those of the system."""
     loaded: list[Any] = []
@@ -117,9 +112,7 @@ async def test_certificates_are_loaded_once(
         load(context, *args, **kwargs)
 
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", spy)
-    async with s3_client_with(
-        endpoint_url=s3_server.tls_endpoint_url, verify=authority.ca_file
-    ) as client:
+    async with s3_client_with() as client:
         await s3.upload(client, bucket, "secure", content(KIB))
         for buffer in await asyncio.gather(
             *(s3.download(client, bucket, "secure") for _ in range(8))
@@ -128,12 +121,13 @@ async def test_certificates_are_loaded_once(
     assert len(loaded) == 1
 
 
+@pytest.mark.parametrize("scheme", ["https"])
 async def test_an_unknown_certificate_is_refused(
-    s3_client_with: MakeClient, s3_server: Server, bucket: str, no_pauses: None
+    s3_client_with: MakeClient, bucket: str, no_pauses: None
 ) -> None:
     """Certificates are verified, unless somebody says otherwise."""
     from botocore.exceptions import SSLError
 
-    async with s3_client_with(endpoint_url=s3_server.tls_endpoint_url) as client:
+    async with s3_client_with(verify=None) as client:
         with pytest.raises(SSLError, match=f"s3://{bucket}/secure"):
             await s3.download(client, bucket, "secure")

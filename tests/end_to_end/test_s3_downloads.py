@@ -55,25 +55,23 @@ async def try_each(
     error: type[Exception] | None,
     **settings: Any,
 ) -> None:
-    """Downloads each size over HTTP and TLS with that fault; expects the error, or exact bytes."""
-    for tls in (False, True):
-        async with behind(tls=tls, **settings) as (proxy, client):
-            for size in SIZES:
-                key = f"faulty-{size}"
-                proxy.rule = lambda _: None
-                await s3.upload(client, bucket, key, content(size))
-                before = held_segments()
-                proxy.rule = rule(partial(spoilt, size))
-                download = asyncio.wait_for(s3.download(client, bucket, key), PATIENCE)
-                if error is None:
-                    with await download as buffer:
-                        assert buffer.view == content(size)
-                else:
-                    with pytest.raises(error, match=f"s3://{bucket}/{key}") as caught:
-                        await download
-                    assert f"{bucket}/{key}" in str(pickle.loads(pickle.dumps(caught.value)))
-                    # With the traceback still there.
-                    assert held_segments() == before
+    """Downloads each size with that fault; expects the error, or exact bytes."""
+    async with behind(**settings) as (proxy, client):
+        for size in SIZES:
+            key = f"faulty-{size}"
+            proxy.rule = lambda _: None
+            await s3.upload(client, bucket, key, content(size))
+            before = held_segments()
+            proxy.rule = rule(partial(spoilt, size))
+            download = asyncio.wait_for(s3.download(client, bucket, key), PATIENCE)
+            if error is None:
+                with await download as buffer:
+                    assert buffer.view == content(size)
+            else:
+                with pytest.raises(error, match=f"s3://{bucket}/{key}") as caught:
+                    await download
+                assert f"{bucket}/{key}" in str(pickle.loads(pickle.dumps(caught.value)))
+                assert held_segments() == before  # with the traceback still there
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

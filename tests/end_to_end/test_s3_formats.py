@@ -7,16 +7,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 import asynclam
 from asynclam import s3
 from tests.end_to_end.test_examples import invoke
-
-if TYPE_CHECKING:
-    from asynclam._demo.seaweedfs import Server
 
 ROOT = Path(asynclam.__file__).parent.parent
 
@@ -36,13 +33,15 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes],
     return {name: (directory / name).read_bytes() for name in expected}, expected
 
 
-async def test_formats(s3_server: Server, s3_client: Any, bucket: str, objects: Any) -> None:
+async def test_formats(
+    s3_environment: dict[str, str], s3_client: Any, bucket: str, objects: Any
+) -> None:
     """What the workers read is what pandas reads."""
     data, expected = objects[0], dict(objects[1])
     for name, content in data.items():
         await s3.upload(s3_client, bucket, f"formats/{name}", content)
     event = {"bucket": bucket, "prefix": "formats/"}
-    found: Any = invoke("s3_formats", event, **s3_server.environment())
+    found: Any = invoke("s3_formats", event, **s3_environment)
     portrait = found.pop("formats/portrait.jpg")
     assert max(portrait["width"], portrait["height"]) == expected.pop("portrait.jpg")["side"]
     assert 1_000 < portrait["bytes"] < len(data["portrait.jpg"])

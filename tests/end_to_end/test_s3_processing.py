@@ -18,18 +18,7 @@ from tests.end_to_end import s3_jobs
 from tests.parts.s3_objects import KIB, PATIENCE, content
 
 if TYPE_CHECKING:
-    from asynclam._demo.seaweedfs import Server
     from tests.parts.gate import Gate
-
-
-@pytest.fixture
-def settings(s3_server: Server) -> dict[str, Any]:
-    return {
-        "endpoint_url": s3_server.endpoint_url,
-        "aws_access_key_id": s3_server.access_key,
-        "aws_secret_access_key": s3_server.secret_key,
-        "region_name": s3_server.region,
-    }
 
 
 @pytest.fixture
@@ -41,12 +30,12 @@ async def objects(s3_client: Any, bucket: str) -> dict[str, bytes]:
 
 
 async def test_every_object_is_processed_in_a_worker(
-    s3_client: Any, bucket: str, objects: dict[str, bytes], settings: dict[str, Any]
+    s3_client: Any, bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any]
 ) -> None:
     """As ``map_cpu`` over downloads; in order where asked; with clients that workers keep."""
     async with asynclam.Executor(2) as executor:
         batches = partial(
-            s3.process_many, bucket, fn=s3_jobs.named_digest, executor=executor, **settings
+            s3.process_many, bucket, fn=s3_jobs.named_digest, executor=executor, **s3_settings
         )
         expected = [(key, hashlib.sha256(data).hexdigest()) for key, data in objects.items()]
         assert await batches(keys=objects, chunksize=7) == expected
@@ -57,7 +46,7 @@ async def test_every_object_is_processed_in_a_worker(
 
 
 async def test_other_settings_are_another_client(
-    bucket: str, objects: dict[str, bytes], settings: dict[str, Any]
+    bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any]
 ) -> None:
     """It is made once, too."""
     async with asynclam.Executor(1) as executor:
@@ -68,18 +57,18 @@ async def test_other_settings_are_another_client(
                 s3_jobs.named_digest,
                 executor=executor,
                 max_concurrency=concurrency,
-                **settings,
+                **s3_settings,
             )
         assert await executor.run_cpu(s3_jobs.count_clients) == 2
 
 
 async def test_errors_end_the_stream_or_take_their_places(
-    bucket: str, objects: dict[str, bytes], settings: dict[str, Any]
+    bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any]
 ) -> None:
     """Those of S3 with their code and place, and those of the function."""
     names = ["bulk/00", "bulk/missing", "bulk/01"]
     async with asynclam.Executor(1) as executor:
-        batches = partial(s3.process_many, bucket, names, executor=executor, **settings)
+        batches = partial(s3.process_many, bucket, names, executor=executor, **s3_settings)
         with pytest.raises(Exception, match=f"NoSuchKey.*s3://{bucket}/bulk/missing"):
             await batches(s3_jobs.named_digest)
         first, missing, last = await batches(s3_jobs.named_digest, return_exceptions=True)
@@ -90,25 +79,25 @@ async def test_errors_end_the_stream_or_take_their_places(
 
 
 async def test_a_function_that_exits(
-    bucket: str, objects: dict[str, bytes], settings: dict[str, Any]
+    bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any]
 ) -> None:
     """It is the error of its object, and neither the end of the worker nor of what runs beside it."""
     async with asynclam.Executor(1) as executor:
         exits = partial(s3.process_many, bucket, list(objects)[:3], sys.exit, executor=executor)
         with pytest.raises(asynclam.JobExitError):
-            await exits(**settings)
-        errors = await exits(return_exceptions=True, **settings)
+            await exits(**s3_settings)
+        errors = await exits(return_exceptions=True, **s3_settings)
         assert [type(error) for error in errors] == 3 * [asynclam.JobExitError]
         assert executor.statistics().worker_deaths == 0
 
 
 async def test_a_stream_that_is_left(
-    bucket: str, objects: dict[str, bytes], settings: dict[str, Any], gate: Gate
+    bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any], gate: Gate
 ) -> None:
     """Leaving cancels the jobs, also if the function would never return; others run after them."""
     async with asynclam.Executor(1) as executor:
         batches = partial(
-            s3.process_many, bucket, fn=s3_jobs.hold(gate.path), executor=executor, **settings
+            s3.process_many, bucket, fn=s3_jobs.hold(gate.path), executor=executor, **s3_settings
         )
         async with batches(keys=objects) as stream:
             reading = asyncio.ensure_future(anext(stream))
@@ -116,19 +105,19 @@ async def test_a_stream_that_is_left(
             reading.cancel()
             await asyncio.wait([reading])
         digests = s3.process_many(
-            bucket, ["bulk/00"], s3_jobs.named_digest, executor=executor, **settings
+            bucket, ["bulk/00"], s3_jobs.named_digest, executor=executor, **s3_settings
         )
         found = await asyncio.wait_for(digests.list(), PATIENCE)
     assert found == [("bulk/00", hashlib.sha256(objects["bulk/00"]).hexdigest())]
 
 
 async def test_a_worker_that_dies(
-    bucket: str, objects: dict[str, bytes], settings: dict[str, Any], gate: Gate
+    bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any], gate: Gate
 ) -> None:
     """It fails the objects that it had begun, and no others."""
     async with asynclam.Executor(2) as executor:
         batches = partial(
-            s3.process_many, bucket, fn=s3_jobs.hold(gate.path), executor=executor, **settings
+            s3.process_many, bucket, fn=s3_jobs.hold(gate.path), executor=executor, **s3_settings
         )
         async with batches(keys=list(objects)[:4], chunksize=2, return_exceptions=True) as stream:
             results = asyncio.ensure_future(stream.list())

@@ -57,11 +57,10 @@ def is_abort(request: Seen) -> bool:
 
 
 @pytest.mark.parametrize("nbytes", [0, PART, LARGE])
-@pytest.mark.parametrize("tls", [False, True])
-async def test_all_sizes_in_all_ways(behind: Behind, bucket: str, nbytes: int, tls: bool) -> None:
+async def test_all_sizes_in_all_ways(behind: Behind, bucket: str, nbytes: int) -> None:
     """Bytes, a buffer, and an async iterable of odd pieces make the same object."""
     data = content(nbytes)
-    async with behind(tls=tls) as (proxy, client):
+    async with behind() as (proxy, client):
         with SharedBuffer(nbytes) as buffer:
             if nbytes:
                 buffer.view[:] = data

@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -138,6 +138,7 @@ def emulator(
     timeout: int = 30,
     memory: int = 1769,
     concurrency: int | None = None,
+    bind: Iterable[str | os.PathLike[str]] = (),
 ) -> Iterator[Function]:
     """Yields the function whose handler is ``module.name`` in the directory ``cwd``.
 
@@ -152,6 +153,7 @@ def emulator(
         memory: MB of memory that the function is told to have.
         concurrency: As on Managed Instances, so many invocations at once: see tests.parts.managed.
             For root, and for a function whose directory is not in a box.
+        bind: What is to be seen in the box, wherever it lies.
 
     Raises:
         EmulatorError: It does not come up, or something of it cannot be ended.
@@ -174,7 +176,7 @@ def emulator(
             argv, cwd = [*start, *argv, "--", *runtime], _ROOT
             settings["AWS_LAMBDA_MAX_CONCURRENCY"] = str(concurrency)
         process = subprocess.Popen(
-            boxes.command(argv, shm=shm, cpus=cpus, bind=[_ROOT]) if box else argv,
+            boxes.command(argv, shm=shm, cpus=cpus, bind=[_ROOT, *bind]) if box else argv,
             cwd=cwd,
             env={**os.environ, **settings, **(env or {}), _MARK: mark},
             stdin=subprocess.DEVNULL,

@@ -27,7 +27,8 @@ class FaultyProxy:
     """
 
     def __init__(self, target: str, fault: Fault, *, after: int) -> None:
-        host, _, port = target.removeprefix("http://").partition(":")
+        self._scheme, _, address = target.partition("://")
+        host, _, port = address.partition(":")
         self._target = host, int(port)
         self._fault = fault
         self._after = after
@@ -49,7 +50,7 @@ class FaultyProxy:
     @property
     def endpoint_url(self) -> str:
         host, port = self._server.sockets[0].getsockname()
-        return f"http://{host}:{port}"
+        return f"{self._scheme}://{host}:{port}"
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
