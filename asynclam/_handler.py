@@ -349,7 +349,7 @@ class Handler(Generic[Event, Context, Result]):
 
     def _on_termination(self, _signal: int, _frame: object) -> None:
         if os.getpid() != self._process:  # of a forked child, whose lifespan is its parent's
-            _die_of_sigterm()
+            _die_of_sigterm()  # pragma: no cover - at once, with what was covered
         if asyncio._get_running_loop() is None and self._turn.acquire(blocking=False):
             try:
                 self._end_by_signal()

@@ -21,6 +21,7 @@ from .rows import Row
 
 _ROOT = Path(__file__).parent.parent
 _PATIENCE = {False: 180.0, True: 30.0}  # seconds for a block, which takes about 20, or 2 if quick
+_FAREWELL = 10.0  # seconds for a block that was not, to end what it has started
 _KEPT = ("PYTHONHOME", "PYTHONPATH")
 
 Tell = Callable[[str], None]
@@ -88,6 +89,9 @@ def _run_process(spec: str, mark: str, stderr: int, patience: float) -> str:
         try:
             status = process.wait(patience)
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # so that it ends its S3 server, which has a session
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_FAREWELL)
             return f"it was not done after {patience:.0f} s"
         finally:
             with suppress(ProcessLookupError):

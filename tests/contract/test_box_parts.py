@@ -104,6 +104,20 @@ def test_freezing_what_has_ended():
         invocations._freeze(ours, 0.0)
 
 
+def test_a_box_that_does_not_end(monkeypatch):
+    """It is killed: whoever ran a handler waits for no box for ever."""
+    stubborn = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())"
+    stubborn += "; print('blocked', flush=True); signal.pause()"
+    monkeypatch.setattr(box, "command_line", lambda _: [sys.executable, "-c", stubborn])
+    monkeypatch.setattr(invocations, "_SECONDS_OF_INIT", 0.01)
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as printed, os.fdopen(writer, "w") as log:
+        monkeypatch.setattr(invocations.sys, "stderr", log)
+        with invocations._function(box.Options([]), {}) as (process, _):
+            assert printed.readline() == "blocked\n"
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_a_mount_that_is_refused(tmp_path):
     """The error says what was to be mounted where, and what to do about it."""
     missing = tmp_path / "missing"

@@ -119,8 +119,13 @@ async def test_more_than_was_asked_for() -> None:
 
 def test_which_errors_are_of_a_body_that_broke_off() -> None:
     """Those of botocore are as they are, those below it become such, others are none."""
-    broken = exceptions.ResponseStreamingError(error="why")
-    assert _places.as_broken(broken, "url") is broken
+    for broken in (
+        exceptions.ResponseStreamingError(error="why"),
+        exceptions.ReadTimeoutError(endpoint_url="url"),
+        exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    ):
+        assert _places.as_broken(broken, "url") is broken
+    assert isinstance(_places.as_broken(asyncio.TimeoutError(), "url"), exceptions.ReadTimeoutError)
     assert isinstance(
         _places.as_broken(ConnectionResetError(), "url"), exceptions.ResponseStreamingError
     )

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import select
 import signal
 import socket
 import threading
@@ -33,6 +34,8 @@ def test_sigterm_is_heard(handled):
     heard = queue.SimpleQueue()
     watch = Watch(lambda: heard.put(threading.current_thread().name))
     signal.raise_signal(signal.SIGUSR1)
+    while select.select([watch._reader], [], [], 0)[0]:
+        os.sched_yield()  # the thread takes it alone, then the other one
     signal.raise_signal(signal.SIGTERM)
     assert heard.get() == "asynclam SIGTERM"
     watch.end()

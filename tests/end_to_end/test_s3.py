@@ -183,9 +183,9 @@ async def test_a_large_upload_is_sent_again_after_a_lost_connection(
 
 
 class Body:
-    """A response body that gives the chunks it was made of."""
+    """A response body that gives the chunks, or raises the errors, that it was made of."""
 
-    def __init__(self, *chunks: bytes) -> None:
+    def __init__(self, *chunks: bytes | Exception) -> None:
         self._chunks = [*chunks, b""]
 
     async def __aenter__(self) -> Self:
@@ -195,7 +195,10 @@ class Body:
         return None
 
     async def read(self, _: int) -> bytes:
-        return self._chunks.pop(0)
+        chunk = self._chunks.pop(0)
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
 
 
 class ClientOf:
@@ -227,6 +230,13 @@ async def test_a_body_of_unknown_length_is_an_error() -> None:
     """No memory is taken for an object whose length the server does not give."""
     with pytest.raises(ResponseStreamingError, match=r"how long.*s3://bucket/key"):
         await s3.download(ClientOf(Body=Body(b"abc")), "bucket", "key")
+
+
+async def test_what_is_no_broken_connection_is_not_tried_again() -> None:
+    """It is raised as itself: another try would hide it."""
+    client = ClientOf(Body=Body(LookupError("a bug")), ContentLength=5)
+    with pytest.raises(LookupError, match="a bug"):
+        await s3.download(client, "bucket", "key")
 
 
 async def test_many_are_downloaded_as_a_stream(s3_client: Any, bucket: str) -> None:
