@@ -37,6 +37,8 @@ def _outcome(number: int, task: Task) -> dict[str, Any]:
         return {"samples": _run(task.place.loop, ROWS[number].measure, task)}
     except (ImportError, NotPossibleError) as error:
         return {"failure": str(error)}
+    except KeyboardInterrupt:  # given up, which is told by who has done so
+        raise
     except BaseException as error:
         traceback.print_exc()
         return {"failure": f"{type(error).__name__}: {error}"}
