@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -59,22 +59,36 @@ def tables(found: Document) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-_BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
+_BEGIN, _END = "<!-- make bench writes {} from here -->", "<!-- to here -->"
+_LAMBDA, _S3 = range(30, 40), range(40, 50)  # rows; the README has these where it tells of them
 
 
 def in_readme(readme: str, found: Document) -> str:
-    """The README with what was measured in its place."""
-    before, _, rest = readme.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    parts = [_BEGIN, _heading(found), _summary(found), *_comparisons(found), _END]
-    return before + "\n\n".join(parts) + after
+    """The README with what was measured in its places."""
+    s3 = _contestants(found, _S3_COLUMNS, s3_peers.ALL)
+    all_else = set(ROWS).difference(_LAMBDA, _S3)
+    parts = {
+        "Lambda": [_summary(found, _LAMBDA)],
+        "S3": [_summary(found, _S3), s3],
+        "all else": [
+            _heading(found),
+            _summary(found, all_else),
+            _contestants(found, _COLUMNS, ALL),
+        ],
+    }
+    for name, tables in parts.items():
+        begin = _BEGIN.format(name)
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(_END)
+        readme = before + "\n\n".join([begin, *tables, _END]) + after
+    return readme
 
 
-def _summary(found: Document) -> str:
-    """The goals, both loops side by side."""
+def _summary(found: Document, numbers: Container[int]) -> str:
+    """The goals of some rows, both loops side by side."""
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for line in found["goals"]:
-        if line["goal"]:
+        if line["goal"] and line["row"] in numbers:
             cells = rows.setdefault((str(line["row"]), line["what"], line["goal"]), {})
             figure = line["figure"]
             text = show(figure["median"], line["unit"]) if figure else "-"

@@ -1,5 +1,6 @@
 """Every example runs, and every Python block of the README is in one of them."""
 
+import doctest
 import json
 import os
 import re
@@ -136,3 +137,24 @@ def test_every_example_is_tested():
 def test_readme(block):
     """What the README shows is what runs."""
     assert any(block in path.read_text() for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.outside
+def test_readme_console():
+    """Its commands print what it says they do; the machine's own is left out, as ``...``."""
+    (block,) = re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL)
+    entered, *commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", block, re.MULTILINE)
+    assert entered == ("cd examples", "")
+    for command, expected in commands:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            cwd=EXAMPLES,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )
+        seen = doctest.OutputChecker().check_output(expected, done.stdout, doctest.ELLIPSIS)
+        assert seen, done.stdout
+    assert len(commands) == 2
