@@ -3,6 +3,7 @@
 #   make test                               make test PYTHON=python3.13
 #   make test ARGS="-k segments -x"         make test ARGS="--only box"
 #   make test ARGS="--loop uvloop"          (or asyncio: the only one; both, if none is named)
+#   make test ARGS="--scheme https"         (or http: the only way to S3; both, if none is named)
 #   make test ARGS="--segments file"        (or memfd, syscall, stream: how large payloads travel)
 #   make test ARGS="--random-order"         (says with which seed; --random-order-seed=N repeats it)
 #   make soak ARGS="--report docs/soak.md"  (1,000,000 jobs; --jobs N, --seconds S, --seed X)
