@@ -7,6 +7,7 @@ import base64
 import hashlib
 import sys
 import threading
+import zlib
 from typing import Any
 
 import pytest
@@ -51,6 +52,18 @@ def test_known_values(algorithm: str) -> None:
     for piece in (b"1", b"", b"2345", b"6789"):
         digest.update(memoryview(piece))
     assert digest.digest().hex() == KNOWN[algorithm]
+
+
+def test_crc32_without_zlib_ng(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what makes it fast, and nothing else."""
+    data, fast = content(MIB + 1), value_of("crc32", content(MIB + 1))
+    monkeypatch.setitem(sys.modules, "zlib_ng", None)
+    _checksums._crc32.cache_clear()
+    try:
+        assert _checksums._crc32() is zlib.crc32
+        assert value_of("crc32", data) == fast
+    finally:
+        _checksums._crc32.cache_clear()
 
 
 @pytest.mark.parametrize(
