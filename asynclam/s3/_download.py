@@ -264,7 +264,7 @@ class _Transfer:
             else:
                 return
             body, exact = None, True
-            pause = min(_PAUSE * 2**attempt, _LONGEST_PAUSE)
+            pause = min(_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311
 
     async def _receive(

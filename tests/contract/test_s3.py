@@ -13,10 +13,24 @@ from typing import Any
 
 import pytest
 from botocore import exceptions
+from typing_extensions import Self
 
 from asynclam import s3
 from asynclam.s3 import _client, _counted, _download, _listing, _multipart, _parts, _places, _source
 from tests.parts.s3_objects import MIB, held_segments
+
+
+class Broken:
+    """A body that breaks off at once."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def read(self, _: int) -> bytes:
+        raise ConnectionResetError
 
 
 class Client:
@@ -130,6 +144,29 @@ def test_which_errors_are_of_a_body_that_broke_off() -> None:
         _places.as_broken(ConnectionResetError(), "url"), exceptions.ResponseStreamingError
     )
     assert _places.as_broken(ValueError(), "url") is None
+
+
+async def test_pauses_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They double from one try to the next, up to 20 seconds, and each is a random part of that."""
+    bounds: list[float] = []
+
+    def draw(least: float, most: float) -> float:
+        bounds.append(most)
+        return least
+
+    monkeypatch.setattr(_download.random, "uniform", draw)
+    answer = {
+        "Body": Broken(),
+        "ContentLength": 5,
+        "ContentRange": "bytes 0-4/5",
+        "ResponseMetadata": {"HTTPHeaders": {}},
+    }
+    client = Client(*[answer] * 12)
+    client.meta.config.retries = {"total_max_attempts": 12}
+    with pytest.raises(exceptions.ResponseStreamingError):
+        await s3.download(client, "bucket", "key")
+    assert client.answers == []
+    assert bounds == [min(0.1 * 2**number, 20) for number in range(11)]
 
 
 async def test_an_upload_that_was_completed_after_all() -> None:

@@ -7,11 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from botocore.exceptions import FlexibleChecksumError
+from botocore.config import Config
+from botocore.exceptions import FlexibleChecksumError, ResponseStreamingError
 
 from asynclam import s3
 from tests.parts.s3_objects import MIB, PATIENCE, content, every, is_get
-from tests.parts.s3_proxy import Spoilt
+from tests.parts.s3_proxy import Seen, Spoilt
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Behind, MakeClient
@@ -105,6 +106,32 @@ async def test_as_many_downloads_as_connections(s3_client_with: MakeClient, buck
         ):
             with buffer:
                 assert buffer.view == data
+
+
+async def test_a_download_that_fails_asks_for_no_parts(
+    behind: Behind, s3_client: Any, bucket: str
+) -> None:
+    """What asks where the parts end is given up with it, whose error is raised at once."""
+    key = "given-up"
+    await in_parts(s3_client, bucket, key, "COMPOSITE", ChecksumAlgorithm="CRC32")
+    asked = asyncio.Event()
+
+    async def never() -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    def rule(request: Seen) -> Spoilt | None:
+        if request.method == "HEAD":
+            return Spoilt(before=never)
+        return Spoilt(cut=100_000, meanwhile=asked.wait)  # after a first piece
+
+    config = Config(retries={"total_max_attempts": 1})
+    async with behind(rule, config=config) as (_, client):
+        before = asyncio.all_tasks()
+        with pytest.raises(ResponseStreamingError, match=key):
+            await asyncio.wait_for(s3.download(client, bucket, key), PATIENCE)
+        left = [task for task in asyncio.all_tasks() - before if "asynclam" in repr(task)]
+        assert left == []
 
 
 async def test_an_object_without_a_checksum(s3_client: Any, bucket: str) -> None:
