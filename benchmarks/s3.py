@@ -380,14 +380,17 @@ async def faults(task: Task) -> Samples:
         task.size(MIB, 1000),
         task.size(33 * MIB, 10_000),
     ]  # the last one in ranges
-    config = Config(read_timeout=1, retries={"total_max_attempts": 3})
-    async with storage() as server, S3Proxy(server.endpoint_url) as proxy:
-        settings = {"endpoint_url": proxy.endpoint_url, "config": config}
-        async with s3.client(**settings) as through, s3.client() as direct, Executor(CORES) as own:
-            faults = Faults(proxy, through, direct, _BUCKET, settings)
-            await faults.downloads(sizes)
-            await faults.in_workers(sizes, own)
-            await faults.uploads(sizes)
+    retries = {"total_max_attempts": 3}
+    async with storage() as server, S3Proxy(server.endpoint_url) as proxy, s3.client() as direct:
+        url = proxy.endpoint_url
+        impatient = Config(read_timeout=1, retries=retries)
+        faults = Faults(proxy, direct, _BUCKET)
+        async with s3.client(endpoint_url=url, config=impatient) as client:
+            await faults.downloads(client, sizes)
+        async with Executor(CORES) as executor:
+            await faults.in_workers(executor, sizes, endpoint_url=url, config=impatient)
+        async with s3.client(endpoint_url=url, config=Config(retries=retries)) as client:
+            await faults.uploads(client, sizes)
     found = faults.findings
     return {_WRONG: [len(found.wrong)], _SPOILT: [sum(found.injected.values())]}
 

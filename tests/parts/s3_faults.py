@@ -84,18 +84,13 @@ class Faults:
     """All of them, through one proxy.
 
     Args:
-        proxy: between the client and the server.
-        through: a client of the proxy.
+        proxy: between clients and the server.
         direct: a client of the server.
         bucket: where the objects are.
-        settings: of clients that workers make, to the proxy.
     """
 
-    def __init__(
-        self, proxy: S3Proxy, through: Any, direct: Any, bucket: str, settings: dict[str, Any]
-    ) -> None:
-        self._through, self._direct = through, direct
-        self._bucket, self._settings = bucket, settings
+    def __init__(self, proxy: S3Proxy, direct: Any, bucket: str) -> None:
+        self._direct, self._bucket = direct, bucket
         self._rules: dict[str, Rule] = {}
         self.findings = Findings()
         proxy.rule = self._rule
@@ -107,14 +102,14 @@ class Faults:
             self.findings.injected[key.partition("-")[0]] += 1
         return spoilt
 
-    async def downloads(self, sizes: Iterable[int]) -> None:
-        """Into this process."""
+    async def downloads(self, client: Any, sizes: Iterable[int]) -> None:
+        """Into this process, by an impatient client."""
         cases = list(_cases("download", _LOST | _WRONG | _BUSY, sizes))
         await self._each(self._prepare, cases)
-        await self._each(self._download, cases)
+        await self._each(partial(self._download, client), cases)
 
-    async def in_workers(self, sizes: Iterable[int], executor: Executor) -> None:
-        """Into workers, which process them."""
+    async def in_workers(self, executor: Executor, sizes: Iterable[int], **settings: Any) -> None:
+        """Into workers, which process them, by impatient clients with these settings."""
         cases = list(_cases("worker", _LOST | _WRONG | _BUSY, sizes))
         await self._each(self._prepare, cases)
         results = s3.process_many(
@@ -126,7 +121,7 @@ class Faults:
             ordered=True,
             return_exceptions=True,
             executor=executor,
-            **self._settings,
+            **settings,
         )
         found = await self._ended(results.list(), "process_many") or []
         for case, result in zip(cases, found, strict=True):
@@ -135,13 +130,14 @@ class Faults:
             else:
                 self._compare(case, right=result == zlib.crc32(content(case.size)))
 
-    async def uploads(self, sizes: Iterable[int]) -> None:
-        """In one request, or in parts.
+    async def uploads(self, client: Any, sizes: Iterable[int]) -> None:
+        """In one request, or in parts, by a patient client.
 
-        Who does not hear of an upload that he has created cannot end it: the answer to that is not lost.
+        Who does not hear of an upload that he has created cannot end it. So the answer to that is not
+        lost; nor may the client give it up where the machine is busy, so no answer is silent.
         """
-        kinds = _LOST | _BUSY
-        await self._each(self._upload, list(_cases("upload", kinds, sizes)))
+        kinds = [kind for kind in _LOST | _BUSY if kind != "silent"]
+        await self._each(partial(self._upload, client), list(_cases("upload", kinds, sizes)))
         found = await self._direct.list_multipart_uploads(Bucket=self._bucket)
         self.findings.wrong += [f"{upload['Key']} is open" for upload in found.get("Uploads", ())]
 
@@ -156,14 +152,14 @@ class Faults:
         spoilt = partial((_LOST | _WRONG | _BUSY)[case.kind], min(case.size, 64 * KIB) // 2)
         self._rules[case.key] = _TURNS[case.turn](spoilt, of)
 
-    async def _download(self, case: _Case) -> None:
-        buffer = await self._tried(s3.download(self._through, self._bucket, case.key), case)
+    async def _download(self, client: Any, case: _Case) -> None:
+        buffer = await self._tried(s3.download(client, self._bucket, case.key), case)
         if buffer is not None:
             self._compare(case, right=_is_whole(buffer, case))
 
-    async def _upload(self, case: _Case) -> None:
+    async def _upload(self, client: Any, case: _Case) -> None:
         self._spoil(case, _is_part_of_upload if case.kind in _LOST else _is_of_upload)
-        uploading = s3.upload(self._through, self._bucket, case.key, content(case.size))
+        uploading = s3.upload(client, self._bucket, case.key, content(case.size))
         # None, also if it went well: what is there tells.
         await self._tried(uploading, case)
         try:
