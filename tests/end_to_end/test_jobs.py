@@ -23,6 +23,7 @@ from asynclam import (
     SharedBuffer,
     WorkerDiedError,
     WorkerStartError,
+    _forkserver,
     map_cpu,
     map_io,
     run_cpu,
@@ -180,6 +181,7 @@ async def test_a_coroutine_function(executor):
 
 async def test_a_job_that_prints(executor, capfd):
     """What a job prints, without a newline, is out before its result is in."""
+    _forkserver.stop()  # whose output is that of tests before this one
     await executor.run_cpu(jobs.print_twice, "printed")
     out, err = capfd.readouterr()
     assert (out, err) == ("printed", "printed")
