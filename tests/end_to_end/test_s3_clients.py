@@ -14,13 +14,11 @@ import pytest
 from aiohttp import web
 
 from asynclam import s3
-from tests.parts.s3_objects import CUT_TLS, KIB, content, is_get
+from tests.parts.s3_objects import KIB, content, is_get
 
 if TYPE_CHECKING:
     from asynclam._demo.seaweedfs import Server
     from tests.end_to_end.conftest import Behind, MakeClient
-
-pytestmark = CUT_TLS
 
 
 async def test_connections_that_died_in_a_freeze_are_replaced(behind: Behind, bucket: str) -> None:

@@ -20,7 +20,6 @@ from botocore.exceptions import (
 from asynclam import SharedBuffer, s3
 from asynclam.s3 import _download
 from tests.parts.s3_objects import (
-    CUT_TLS,
     KIB,
     MIB,
     PATIENCE,
@@ -33,8 +32,6 @@ from tests.parts.s3_proxy import Spoilt
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Behind
-
-pytestmark = CUT_TLS
 
 SIZES = [1, 64 * KIB, MIB]
 RANGE = 128 * KIB  # so that a megabyte is eight ranges

@@ -11,13 +11,11 @@ from botocore.config import Config
 import asynclam
 from asynclam.s3 import _download, _parts
 from tests.parts.s3_faults import Faults
-from tests.parts.s3_objects import CUT_TLS, KIB, MIB
+from tests.parts.s3_objects import KIB, MIB
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Behind, MakeClient
     from tests.parts.s3_proxy import S3Proxy
-
-pytestmark = CUT_TLS
 
 SIZES = [1, 64 * KIB, 512 * KIB]
 RANGE = 128 * KIB  # so that the largest is four ranges

@@ -11,13 +11,11 @@ from botocore.exceptions import ClientError, ConnectionClosedError
 
 from asynclam import SharedBuffer, s3
 from asynclam.s3 import _parts
-from tests.parts.s3_objects import CUT_TLS, KIB, MIB, PATIENCE, content, every, is_part, nth
+from tests.parts.s3_objects import KIB, MIB, PATIENCE, content, every, is_part, nth
 from tests.parts.s3_proxy import Seen, Spoilt
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Behind
-
-pytestmark = CUT_TLS
 
 PART = 5 * MIB  # the least that S3 takes
 LARGE = PART + 1000

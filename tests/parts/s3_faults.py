@@ -50,7 +50,7 @@ class Findings:
         injected: answers that were spoilt, by what was done with the object.
         whole: operations that gave all bytes.
         errors: those that raised, by the name of the error.
-        wrong: wrong bytes, uploads that are left open, and what did not end.
+        wrong: wrong bytes, uploads that are left open or lost, and what did not end.
     """
 
     injected: Counter[str] = field(default_factory=Counter)
@@ -126,7 +126,7 @@ class Faults:
         found = await self._ended(results.list(), "process_many") or []
         for case, result in zip(cases, found, strict=True):
             if isinstance(result, BaseException):
-                self.findings.errors[type(result).__name__] += 1
+                self._failed(result)
             else:
                 self._compare(case, right=result == zlib.crc32(content(case.size)))
 
@@ -153,19 +153,30 @@ class Faults:
         self._rules[case.key] = _TURNS[case.turn](spoilt, of)
 
     async def _download(self, client: Any, case: _Case) -> None:
-        buffer = await self._tried(s3.download(client, self._bucket, case.key), case)
+        try:
+            buffer = await self._ended(s3.download(client, self._bucket, case.key), case.key)
+        except Exception as error:
+            self._failed(error)
+            return
         if buffer is not None:
             self._compare(case, right=_is_whole(buffer, case))
 
     async def _upload(self, client: Any, case: _Case) -> None:
         self._spoil(case, _is_part_of_upload if case.kind in _LOST else _is_of_upload)
-        uploading = s3.upload(client, self._bucket, case.key, content(case.size))
-        # None, also if it went well: what is there tells.
-        await self._tried(uploading, case)
+        failed = False
+        try:
+            await self._ended(
+                s3.upload(client, self._bucket, case.key, content(case.size)), case.key
+            )
+        except Exception as error:
+            self._failed(error)
+            failed = True
         try:
             buffer = await s3.download(self._direct, self._bucket, case.key)
         except ClientError:
-            return  # nothing is there
+            if not failed:
+                self.findings.wrong.append(f"{case.key} was uploaded, and is not there")
+            return
         self._compare(case, right=_is_whole(buffer, case))
 
     def _compare(self, case: _Case, *, right: bool) -> None:
@@ -174,11 +185,8 @@ class Faults:
         else:
             self.findings.wrong.append(f"{case.key}: wrong bytes")
 
-    async def _tried(self, operation: Awaitable[Any], case: _Case) -> Any:
-        try:
-            return await self._ended(operation, case.key)
-        except Exception as error:
-            self.findings.errors[type(error).__name__] += 1
+    def _failed(self, error: BaseException) -> None:
+        self.findings.errors[type(error).__name__] += 1
 
     async def _ended(self, operation: Awaitable[Any], what: str) -> Any:
         done, _ = await asyncio.wait([asyncio.ensure_future(operation)], timeout=PATIENCE)

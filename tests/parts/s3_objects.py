@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 from tests.parts.s3_proxy import Rule, Seen, Spoilt
 
 KIB = 1024
 MIB = 1024 * KIB
 PATIENCE = 30  # seconds, after which something hangs
-
-# CPython 3.10 does not mark a TLS transport as closed that the other side has cut off; 3.11 does.
-CUT_TLS = (
-    [pytest.mark.filterwarnings("ignore:.*_SSLProtocolTransport.__del__:pytest.PytestWarning")]
-    if sys.version_info < (3, 11)
-    else []
-)
 
 
 @cache
