@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import chart, report, run
+from . import chart, report, run, work
 from .catalogue import ROWS
 from .figures import Results
 
@@ -32,6 +32,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measures the rows; Ctrl-C ends that early, and what has been measured is shown."""
     results: dict[int, Results] = {}
     interrupted = False
+    if options.again:  # is refused before it takes its time
+        _merged(report.document({}, options.date, quick=options.quick))
+    work.measure_speed()
     try:
         rows = [ROWS[number] for number in options.rows]
         run.run(rows, results, _tell, quick=options.quick, seconds=60 * options.minutes)
@@ -40,7 +43,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         interrupted = True
     found = report.document(results, options.date, quick=options.quick)
     complete = set(results) == set(ROWS) and not (interrupted or options.quick)
+    if options.again and not interrupted:
+        return _merged(found)
     return {**found, "complete": complete, "interrupted": interrupted}
+
+
+def _merged(found: report.Document) -> dict[str, Any]:
+    return report.merged(json.loads((_HERE / _DOCUMENT).read_bytes()), found)
 
 
 def _write(found: dict[str, Any], options: argparse.Namespace) -> None:
@@ -74,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         default=math.inf,
         metavar="N",
         help="measure everything once, and again for as long as that (default: all rounds)",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="put these rows into the document of a whole run of the same day and machine",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, one round")
     parser.add_argument("--output", type=Path, help="a directory for results.json and the charts")

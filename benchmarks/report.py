@@ -53,6 +53,26 @@ def document(results: Mapping[int, Results], date: str, *, quick: bool) -> Docum
     }
 
 
+def merged(whole: Document, part: Document) -> dict[str, Any]:
+    """A whole run, with some of its rows measured again.
+
+    Raises:
+        ValueError: they are not of the same day, machine and versions, or one is a quick run.
+    """
+    for name in ("date", "machine", "versions", "quick"):
+        if whole[name] != part[name]:
+            raise ValueError(f"not to be put together: {name} {whole[name]} and {part[name]}")
+    again = {line["row"] for line in part["goals"]}
+    rows = {
+        name: sorted(
+            [item for item in whole[name] if item["row"] not in again] + list(part[name]),
+            key=lambda item: item["row"],
+        )
+        for name in ("goals", "figures", "not_run")
+    }
+    return {**whole, **rows}
+
+
 def tables(found: Document) -> str:
     """Markdown: the goals, the contestants, and who could not run."""
     parts = [_heading(found), _goals(found), *_comparisons(found), _notes(found), _not_run(found)]

@@ -14,12 +14,24 @@ from .contestants import NotPossibleError
 from .figures import Line, Results, Samples
 from .rows import CORES, LOOPS, MIB, Row, Task, everywhere, ours
 
+_PROBE = 200_000  # iterations
+_SPEED = "ASYNCLAM_BENCHMARK_SPEED"
+
 
 def iterations_for(seconds: float) -> int:
-    """How much of ``jobs.burn`` takes so long on this machine, when nothing disturbs it."""
-    probe = 200_000
-    fastest = min(_time(partial(jobs.burn, probe)) for _ in range(5))
-    return max(1, int(probe * seconds / fastest))
+    """How much of ``jobs.burn`` takes so long on this machine, when nothing disturbs it.
+
+    That is measured once for a run: contestants are compared whose blocks are minutes apart.
+    """
+    if _SPEED not in os.environ:
+        measure_speed()
+    return max(1, int(float(os.environ[_SPEED]) * seconds))
+
+
+def measure_speed() -> None:
+    """Leaves the iterations a second in the environment, for this process and its children."""
+    fastest = min(_time(partial(jobs.burn, _PROBE)) for _ in range(20))
+    os.environ[_SPEED] = str(_PROBE / fastest)
 
 
 def _time(work: Callable[[], object]) -> float:

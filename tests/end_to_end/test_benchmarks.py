@@ -119,6 +119,23 @@ def test_a_part_of_the_rows_does_not_replace_the_figures_of_all() -> None:
     assert written() == before
 
 
+def test_rows_that_are_measured_again() -> None:
+    """They take the places of their rows in a whole run of the same day and machine; else nobody's."""
+    whole = json.loads((ROOT / "benchmarks/results.json").read_bytes())
+    again = [{**line, "what": "again"} for line in whole["goals"] if line["row"] == 41]
+    part = {**whole, "goals": again, "figures": [], "not_run": [], "complete": False}
+    merged = report.merged(whole, part)
+    assert [line["row"] for line in merged["goals"]] == [line["row"] for line in whole["goals"]]
+    assert {line["what"] == "again" for line in merged["goals"] if line["row"] == 41} == {True}
+    assert {figure["row"] for figure in merged["figures"]} == set(ROWS) - {41}
+    assert merged["complete"]
+    with pytest.raises(ValueError, match="date"):
+        report.merged(whole, {**part, "date": "another day"})
+    refused = benchmarks("--rows", "41", "--again", "--date", "another day")
+    assert "not to be put together" in refused.stderr
+    assert "round" not in refused.stderr
+
+
 @pytest.mark.parametrize("rows", ["0", "17", "two"])
 def test_a_row_that_does_not_exist_is_a_usage_error(rows: str) -> None:
     """And measures nothing."""
