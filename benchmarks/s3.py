@@ -168,6 +168,7 @@ async def small_objects(task: Task) -> Samples:
     taken: dict[str, list[float]] = {name: [] for name in _SMALL_UNITS}
     iterations = iterations_for(_PARSING)
     async with storage() as server, s3_peers.BY_NAME[task.place.contestant](_BUCKET) as peer:
+        pid = server.pid
         async with s3.client() as client:
             data = os.urandom(64 * 1024)
             upload = partial(s3.upload, client, _BUCKET, data=data)
@@ -177,15 +178,12 @@ async def small_objects(task: Task) -> Samples:
             run = partial(_run_small, task.place, peer, executor, iterations)
             await run(keys[:64])  # clients are made, connections opened
             for _ in range(task.size(3, 1)):
-                cpu, served = (
-                    processes.cpu_seconds(server.pid),
-                    processes.cpu_seconds_of(server.pid),
-                )
+                cpu, served = processes.cpu_seconds(pid), processes.cpu_seconds_of(pid)
                 begun = perf_counter()
                 await run(keys)
                 seconds = perf_counter() - begun
-                served = processes.cpu_seconds_of(server.pid) - served
-                cpu = processes.cpu_seconds(server.pid) - cpu
+                served = processes.cpu_seconds_of(pid) - served
+                cpu = processes.cpu_seconds(pid) - cpu
                 values = (seconds, served, cpu / CORES, seconds / (cpu / CORES))
                 for name, value in zip(_SMALL_UNITS, values, strict=True):
                     taken[name].append(value)
@@ -374,12 +372,8 @@ async def faults(task: Task) -> Samples:
     from tests.parts.s3_faults import Faults
     from tests.parts.s3_proxy import S3Proxy
 
-    sizes = [
-        1,
-        64 * 1024,
-        task.size(MIB, 1000),
-        task.size(33 * MIB, 10_000),
-    ]  # the last one in ranges
+    in_ranges = task.size(33 * MIB, 10_000)  # which one stream does not take
+    sizes = [1, 64 * 1024, task.size(MIB, 1000), in_ranges]
     retries = {"total_max_attempts": 3}
     async with storage() as server, S3Proxy(server.endpoint_url) as proxy, s3.client() as direct:
         url = proxy.endpoint_url

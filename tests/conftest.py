@@ -17,7 +17,7 @@ import uvloop
 
 from asynclam import _default, _descriptors, _forkserver, _memory
 from tests.parts.gate import Gate
-from tests.parts.processes import descendants
+from tests.parts.processes import descendants, state_of
 
 # No test asserts a time: neither that of an example, nor of making one.
 hypothesis.settings.register_profile(
@@ -90,7 +90,7 @@ def nothing_left_behind() -> Iterator[None]:
     if _default._executor is not None:
         _default._executor.kill()
         _default.set_default_executor(None)
-    if list(_forkserver._servers.values()) != [shared] or _has_ended(shared.pid):
+    if list(_forkserver._servers.values()) != [shared] or state_of(shared.pid) in {"Z", ""}:
         _forkserver.stop()
     gc.collect()
     with _memory._dropping:  # by the thread in which large mappings end
@@ -117,12 +117,6 @@ def _left_beside(before: dict[str, set[Any]]) -> dict[str, set[Any]]:
         if not left or time.monotonic() > deadline:
             return left
         os.sched_yield()
-
-
-def _has_ended(child: int) -> bool:
-    """Whether a child of this process has, also if nobody has noticed yet."""
-    found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    return found is not None
 
 
 def _open_files() -> dict[int, str]:

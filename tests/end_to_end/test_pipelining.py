@@ -88,9 +88,11 @@ async def test_both_workers_are_held(executor, gate):
     """Jobs behind two that run long wait for the first of them, and harm none."""
     await asyncio.gather(*(executor.run_cpu(jobs.wait_if, None, n) for n in range(50)))
     held = [asyncio.ensure_future(executor.run_cpu(jobs.wait_if, gate.path, n)) for n in (1, 2)]
-    short = [asyncio.ensure_future(executor.run_cpu(jobs.wait_if, None, n)) for n in range(50)]
     assert await gate.entered() != await gate.entered()
-    assert not any(task.done() for task in held)
+    short = [asyncio.ensure_future(executor.run_cpu(jobs.wait_if, None, n)) for n in range(50)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in (*held, *short))
     gate.open()
     assert await asyncio.gather(*short) == list(range(50))
     gate.open()

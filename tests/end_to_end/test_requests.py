@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from asynclam._box import invocations
-from tests.parts.emulator import FunctionError, emulator
+from tests.parts.emulator import FunctionError, emulator, trace_id
 
 FUNCTIONS = Path(__file__).parent / "functions"
 
@@ -46,9 +46,7 @@ def test_three_invocations(
         "AWS_LAMBDA_LOG_FORMAT": log_format,
         "AWS_LAMBDA_LOG_LEVEL": "INFO",
     }
-    traces = [
-        f"Root=1-67891233-{number:024x};Parent={number:016x};Sampled=1" for number in range(3)
-    ]
+    traces = [trace_id(number) for number in range(3)]
     with emulator(
         f"requests.{handler}",
         cwd=FUNCTIONS,

@@ -13,7 +13,7 @@ import pytest
 
 import asynclam
 from asynclam import Executor, _snapstart
-from tests.parts.emulator import emulator
+from tests.parts.emulator import emulator, trace_id
 
 ROOT = Path(asynclam.__file__).parent.parent
 FUNCTIONS = Path(__file__).parent / "functions"
@@ -44,9 +44,7 @@ def test_managed_instances(tmp_path, run_in_box):
 @pytest.mark.skipif(os.getuid() != 0, reason="for root: see tests.parts.managed")
 def test_managed_instances_in_the_emulator():
     """Invocations at once, each with its own ids, in processes that have their own workers."""
-    traces = [
-        f"Root=1-67891233-{number:024x};Parent={number:016x};Sampled=1" for number in range(9)
-    ]
+    traces = [trace_id(number) for number in range(9)]
     with (
         emulator("shapes.meet", cwd=FUNCTIONS, env=PATH, memory=4096, concurrency=3) as function,
         socket.create_server(("127.0.0.1", 0)) as meeting,

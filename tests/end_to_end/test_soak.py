@@ -36,17 +36,19 @@ def book(tmp_path):
 
 
 def test_the_ledger_finds_what_is_wrong(book):
-    """A job without outcome, one that begins twice, one that never has: each is told."""
+    """A job without outcome, one with two, one that begins twice, one that never has: each is told."""
     from tests.soak import work
 
     work.initialize(str(book.path), 0)
     for number in (0, 1, 1, 2):
         work.echo(number)
     book.settle(0, ledger.VALUE)
+    book.settle(0, ledger.CANCELLED)
     book.settle(1, ledger.VALUE)
     book.settle(3, ledger.VALUE)
     book.check()
     assert [text.split(", in worker")[0] for text in book.wrong] == [
+        "job 0 has two outcomes",
         "job 1 (, result) has begun 2 times",
         "job 2 () has no outcome",
         "job 3 () has an outcome, and not begun",

@@ -126,6 +126,11 @@ class Function:
         return result
 
 
+def trace_id(number: int) -> str:
+    """An X-Ray id, as it comes with an invocation."""
+    return f"Root=1-67891233-{number:024x};Parent={number:016x};Sampled=1"
+
+
 @contextlib.contextmanager
 def emulator(
     handler: str,

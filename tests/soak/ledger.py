@@ -37,7 +37,9 @@ class Ledger:
         self.wrong: list[str] = []
 
     def settle(self, number: int, outcome: int) -> None:
-        """Notes the outcome; of a second one the executor itself has to tell."""
+        """Notes an outcome; there may be one. Of those that a future hides second_outcomes tells."""
+        if self._outcomes[number] != NONE:
+            self.complain(f"job {number} has two outcomes")
         self._outcomes[number] = outcome
         self.settled += 1
 
