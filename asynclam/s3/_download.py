@@ -27,8 +27,10 @@ from ._source import Body, Extent, Source, extent_of, reader_of
 from ._together import together
 
 _ONE_STREAM = 32 << 20  # bytes; up to here one stream is as fast
-_RANGE = 8 << 20  # bytes, of which a stream takes one after the other
 _STREAMS = 4  # at once, for one object
+_RANGE = 8 << 20  # bytes, at least, that a stream takes one after the other
+_RANGES = 16  # in an object, if they are not too long for it: each request costs both sides CPU
+_LONGEST = 4  # times _RANGE: what comes last is waited for, and hashed, when all else is there
 _PAUSE = 0.1  # seconds, at most, before the first try again; doubled for each further one, up to
 _LONGEST_PAUSE = 20
 
@@ -222,7 +224,7 @@ class _Transfer:
         self._progress: Progress = progress or _nobody
         self._write = write
         self._start = extent.start
-        length = nbytes if nbytes <= _ONE_STREAM else _RANGE
+        length = nbytes if nbytes <= _ONE_STREAM else _range_length(nbytes)
         self._marks = list(range(0, nbytes, length or 1)) or [0]  # how far each range has come
         self._ends = [*self._marks[1:], nbytes]
         self._complete = 0  # ranges from the beginning that are
@@ -300,6 +302,10 @@ class _Transfer:
             while self._complete < len(ends) - 1 and marks[self._complete] == ends[self._complete]:
                 self._complete += 1
             self.reached(marks[self._complete])
+
+
+def _range_length(nbytes: int) -> int:
+    return _RANGE * min(max(nbytes // (_RANGES * _RANGE), 1), _LONGEST)
 
 
 def _nobody(_: int) -> None:

@@ -95,6 +95,20 @@ async def test_only_the_rest_of_the_range_is_asked_for_again(behind: Behind, buc
     assert sum(seen) == MIB
 
 
+@pytest.mark.parametrize(("least", "requests"), [(128, 8), (32, 16), (16, 16), (4, 64)])
+async def test_ranges_grow_with_the_object(
+    behind: Behind, bucket: str, monkeypatch: pytest.MonkeyPatch, least: int, requests: int
+) -> None:
+    """A large object takes sixteen requests, and more where ranges would be too long."""
+    monkeypatch.setattr(_download, "_RANGE", least * KIB)
+    async with behind() as (proxy, client):
+        await s3.upload(client, bucket, "grown", content(MIB))
+        proxy.requests.clear()
+        buffer = await s3.download(client, bucket, "grown")
+    assert buffer.view == content(MIB)
+    assert len(proxy.requests) == requests
+
+
 async def test_an_error_of_a_callback(s3_client: Any, bucket: str) -> None:
     """It is raised, also if it looks like a broken connection, and nothing is tried again."""
     await s3.upload(s3_client, bucket, "callback", content(1000))
