@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import Any, TypeAlias
 
+from ._connections import Connections
+
 Client: TypeAlias = Any  # aiobotocore makes the classes of its clients and bodies as it runs
 
 _CONNECT_TIMEOUT = 5  # seconds; the 60 of botocore outlast most Lambda functions
@@ -19,7 +21,9 @@ def client(*, max_concurrency: int = 32, **kwargs: Any) -> AbstractAsyncContextM
 
     It retries in the standard mode, gives up on a connection after 5 seconds and on a silent server
     after 30. Making it blocks the loop for tens of milliseconds: make one, and keep it. It renews
-    credentials that expire, and replaces connections that have died while a sandbox was frozen.
+    credentials that expire, and replaces connections that have died while a sandbox was frozen. When
+    it is left, its connections are closed, also those of requests that were cancelled (with
+    aiobotocore 3).
 
     Args:
         max_concurrency: connections that it may have open, so requests that really run at once.
@@ -33,10 +37,20 @@ def client(*, max_concurrency: int = 32, **kwargs: Any) -> AbstractAsyncContextM
     config = config_class(**_settings(config_class, max_concurrency))
     if (users := kwargs.pop("config", None)) is not None:
         config = config.merge(users)
-    context: AbstractAsyncContextManager[Client] = session.create_client(
-        "s3", config=config, **kwargs
-    )
-    return context
+    connections = Connections()
+    config = _with_sockets_of(connections, config)
+    connections.client = session.create_client("s3", config=config, **kwargs)
+    return connections
+
+
+def _with_sockets_of(connections: Connections, config: Any) -> Any:
+    from botocore.exceptions import ParamValidationError
+
+    wanted = {"socket_factory": connections.open, **config.connector_args}
+    try:
+        return config.merge(type(config)(connector_args=wanted))
+    except ParamValidationError:  # of an older aiobotocore, or of the httpx transport
+        return config
 
 
 def _aiobotocore() -> tuple[Any, Any]:

@@ -15,15 +15,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from itertools import count
+from typing import Any
 
 from .._memory import SharedBuffer, mapped, share_first, write_at
 from ._checksums import Expected, Verification, expected_of
 from ._client import Client
 from ._places import as_broken, located
-from ._source import Body, Extent, Source, extent_of, reader_of
+from ._source import Body, Extent, Range, Source, extent_of, reader_of
 from ._together import together
 
 _ONE_STREAM = 32 << 20  # bytes; up to here one stream is as fast
@@ -44,9 +45,10 @@ async def download(
     bucket: str,
     key: str,
     *,
-    byte_range: tuple[int, int | None] | None = None,
+    byte_range: Range | None = None,
     into: SharedBuffer | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> SharedBuffer:
     """The object, or a range of it, in memory that a worker sees without a copy.
 
@@ -65,12 +67,16 @@ async def download(
             as what is downloaded; what is returned shares it, and either may be closed first. After
             an error its content is undefined.
         progress: called on the loop with the number of bytes that have come since the last call.
+        **settings: what ``get_object`` and ``head_object`` take, such as ``VersionId``,
+            ``RequestPayer`` or ``SSECustomerKey``.
 
     Returns:
         a buffer as long as the object or the range, the caller's to close or to drop.
 
     Raises:
         ValueError: ``byte_range`` is empty, or ``into`` is too short.
+        TypeError: the client has not the aiohttp transport of aiobotocore, or a setting is an argument
+            here (``Range``).
         botocore.exceptions.ClientError: S3 refused, as with ``NoSuchKey``, ``InvalidRange``, or
             ``PreconditionFailed`` when the object was replaced while it was read.
         botocore.exceptions.BotoCoreError: the connection failed, again and again
@@ -83,7 +89,8 @@ async def download(
         client,
         bucket,
         key,
-        wanted=_header_of(byte_range),
+        settings,
+        wanted=byte_range,
         memory_for=partial(_memory_for, into),
         progress=progress,
     )
@@ -93,8 +100,9 @@ async def fetch(
     client: Client,
     bucket: str,
     key: str,
+    settings: Mapping[str, Any],
     *,
-    wanted: str | None = None,
+    wanted: Range | None = None,
     memory_for: MemoryFor,
     progress: Progress | None,
 ) -> SharedBuffer:
@@ -104,7 +112,7 @@ async def fetch(
     others, who may need one to go on. The body is asked for again then.
     """
     with located(bucket, key):
-        source = Source(client, bucket, key)
+        source = Source(client, bucket, key, settings)
         response = await source.open(wanted)
         async with response["Body"] as opened:
             body: Body | None = opened
@@ -126,20 +134,6 @@ async def fetch(
                 buffer.close()
                 raise
             return buffer
-
-
-def _header_of(byte_range: tuple[int, int | None] | None) -> str | None:
-    if byte_range is None:
-        return None
-    start, stop = byte_range
-    if start < 0 and stop is None:
-        return f"bytes={start}"
-    if start < 0 or (stop is not None and stop <= start):
-        raise ValueError(
-            f"byte_range is (start, stop) with 0 <= start < stop, or (start, None), or "
-            f"(-length, None) for the end; got {byte_range}"
-        )
-    return f"bytes={start}-{'' if stop is None else stop - 1}"
 
 
 async def _memory_for(into: SharedBuffer | None, nbytes: int, _: object) -> SharedBuffer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._client import Client
 from ._places import located
@@ -29,8 +29,18 @@ class ObjectSummary(NamedTuple):
 Keys = Iterable[str | ObjectSummary] | AsyncIterable[str | ObjectSummary]
 
 
-async def names_of(keys: Keys) -> AsyncGenerator[str]:
-    """The names alone; closes what they come from."""
+def names_of(keys: Keys) -> AsyncGenerator[str]:
+    """The names alone; closes what they come from.
+
+    Raises:
+        TypeError: it is one name, which would be taken for as many as it has characters.
+    """
+    if isinstance(keys, str | ObjectSummary):
+        raise TypeError(f"keys is an iterable of names, and this is one name; give it [{keys!r}]")
+    return _names(keys)
+
+
+async def _names(keys: Keys) -> AsyncGenerator[str]:
     if not isinstance(keys, AsyncIterable):
         for item in keys:
             yield item if isinstance(item, str) else item.key
@@ -44,11 +54,11 @@ async def names_of(keys: Keys) -> AsyncGenerator[str]:
 
 
 async def list_objects(
-    client: Client, bucket: str, prefix: str = "", *, start_after: str = ""
+    client: Client, bucket: str, prefix: str = "", *, start_after: str = "", **settings: Any
 ) -> AsyncGenerator[ObjectSummary]:
     """The objects whose names begin with ``prefix``, in the order of their names.
 
-    A page of up to 1,000 is asked for when the one before has been read:
+    (A directory bucket, of S3 Express One Zone, gives them in no order, and knows no ``start_after``.) A page of up to 1,000 is asked for when the one before has been read:
     ``download_many(client, bucket, list_objects(client, bucket, "2013/"))`` lists as it downloads.
 
     Args:
@@ -56,13 +66,16 @@ async def list_objects(
         bucket: the name of the bucket.
         prefix: of the names; all, if it is empty.
         start_after: only names behind this one, to go on where an earlier listing ended.
+        **settings: what ``list_objects_v2`` takes, such as ``RequestPayer``.
 
     Raises:
         botocore.exceptions.ClientError: S3 refused, as with ``NoSuchBucket``.
         botocore.exceptions.BotoCoreError: the connection failed.
     """
+    if start_after:
+        settings["StartAfter"] = start_after
     pages = client.get_paginator("list_objects_v2").paginate(
-        Bucket=bucket, Prefix=prefix, StartAfter=start_after
+        Bucket=bucket, Prefix=prefix, **settings
     )
     iterator = aiter(pages)
     while True:

@@ -31,6 +31,7 @@ def download_many(
     return_exceptions: Literal[False] = False,
     progress: Progress | None = None,
     on_object: Callable[[str, int], object] | None = None,
+    **settings: Any,
 ) -> Stream[tuple[str, SharedBuffer]]: ...
 @overload
 def download_many(
@@ -44,6 +45,7 @@ def download_many(
     return_exceptions: bool,
     progress: Progress | None = None,
     on_object: Callable[[str, int], object] | None = None,
+    **settings: Any,
 ) -> Stream[tuple[str, SharedBuffer] | BaseException]: ...
 def download_many(
     client: Client,
@@ -56,6 +58,7 @@ def download_many(
     return_exceptions: bool = False,
     progress: Progress | None = None,
     on_object: Callable[[str, int], object] | None = None,
+    **settings: Any,
 ) -> Stream[Any]:
     """Many objects as a stream of ``(key, buffer)``, as :func:`asynclam.map_io` gives them.
 
@@ -78,9 +81,11 @@ def download_many(
             ends the stream.
         progress: called on the loop with the number of bytes that have come since the last call.
         on_object: called on the loop with the key and the length of each object that is complete.
+        **settings: of each request, as :func:`download` takes them.
 
     Raises:
         ValueError: ``limit`` or ``budget`` is less than 1.
+        TypeError: ``keys`` is one name.
 
     Leaving the stream, or cancelling what reads it, closes the connections and frees the memory.
     """
@@ -90,7 +95,9 @@ def download_many(
     async def download(turn: int, key: str, budget: Budget) -> list[tuple[str, SharedBuffer]]:
         await budget.begin(turn)
         memory_for = partial(budget.buffer, turn)
-        buffer = await fetch(client, bucket, key, memory_for=memory_for, progress=progress)
+        buffer = await fetch(
+            client, bucket, key, settings, memory_for=memory_for, progress=progress
+        )
         if on_object:
             on_object(key, buffer.nbytes)
         return [(key, buffer)]
@@ -113,7 +120,7 @@ class _Downloads:
         *,
         ordered: bool,
     ) -> None:
-        self._keys = keys
+        self._names = names_of(keys)
         self._download = download
         self._client = client
         self._limit = budget
@@ -127,7 +134,7 @@ class _Downloads:
 
     async def keys(self) -> AsyncGenerator[str]:
         try:
-            async with aclosing(names_of(self._keys)) as names:
+            async with aclosing(self._names) as names:
                 async for name in names:
                     yield name
         finally:

@@ -2,8 +2,12 @@
 
 Theory of operation. S3 keeps the parts of an upload, and bills them, until it is completed or
 aborted; who does not know its identifier can do neither. So the request that creates it is not cut
-off by a cancel, nor is the one that completes it, nor the one that aborts it; the parts are. They
-are gone before the upload is aborted, since one that arrives later would be kept.
+off by a cancel, nor is the one that completes it, nor the one that aborts it; the parts are. Their
+connections are closed before the upload is aborted, since a part that arrives later would be kept.
+
+Who cancels every task of a loop, as ``asyncio.run()`` does at its end, cuts these requests off, too. The
+abort is made anew then, by a task that was not there; of a creation without an answer nobody knows
+whether there is an upload, so that is told.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from ._together import ended, together
 
 _STREAMS = 4  # parts at once
 _PATIENCE = 10  # seconds for the abort: a cancel waits for it
+_ABORTS = 2  # the second one if the first was cancelled
 
 
 class Multipart:
@@ -60,7 +65,7 @@ class Multipart:
             )
             await self._complete(upload)
         except BaseException:
-            await ended([asyncio.ensure_future(self._abort(creating))])
+            await self._undo(creating)
             raise
 
     async def _stream(self, upload: str, part: Part | None, parts: Parts) -> None:
@@ -98,9 +103,27 @@ class Multipart:
         await ended([completing])
         completing.result()
 
+    async def _undo(self, creating: asyncio.Task[Any]) -> None:
+        cancel: asyncio.CancelledError | None = None
+        for _ in range(_ABORTS):
+            aborting = asyncio.ensure_future(self._abort(creating))
+            try:
+                await ended([aborting])
+            except asyncio.CancelledError as error:
+                cancel = error
+            if not aborting.cancelled():
+                break
+        else:
+            self._warn("an upload", "every request to abort it was cancelled")
+        if cancel is not None:
+            raise cancel
+
     async def _abort(self, creating: asyncio.Task[Any]) -> None:
         await asyncio.wait([creating])
-        if creating.cancelled() or creating.exception() is not None:
+        if creating.cancelled():
+            self._warn("an upload that may have been created", "its creation was cancelled")
+            return
+        if creating.exception() is not None:
             return  # there is none
         upload = creating.result()["UploadId"]
         accepted = self._accepted("AbortMultipartUpload")
@@ -111,14 +134,16 @@ class Multipart:
         except Exception as error:
             if getattr(error, "response", {}).get("Error", {}).get("Code") == "NoSuchUpload":
                 return  # it was completed, and the answer lost
-            place = f"s3://{self._target['Bucket']}/{self._target['Key']}"
-            warnings.warn(
-                f"the upload {upload} of {place} could not be aborted, and what it has uploaded is "
-                f"kept and billed ({error!r}); abort it, or give the bucket a lifecycle rule that "
-                "aborts incomplete uploads",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._warn(f"the upload {upload}", repr(error))
+
+    def _warn(self, what: str, why: str) -> None:
+        place = f"s3://{self._target['Bucket']}/{self._target['Key']}"
+        warnings.warn(
+            f"{what} of {place} could not be aborted, and what it has uploaded is kept and billed "
+            f"({why}); abort it, or give the bucket a lifecycle rule that aborts incomplete uploads",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def _accepted(self, operation: str) -> dict[str, Any]:
         """Of the settings those that the operation takes, too, such as the key of an encryption."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
@@ -31,6 +31,7 @@ def process_many(
     ordered: bool = False,
     return_exceptions: Literal[False] = False,
     executor: Executor | None = None,
+    get_object: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Stream[T]: ...
 @overload
@@ -44,6 +45,7 @@ def process_many(
     ordered: bool = False,
     return_exceptions: bool,
     executor: Executor | None = None,
+    get_object: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Stream[T | BaseException]: ...
 def process_many(
@@ -56,6 +58,7 @@ def process_many(
     ordered: bool = False,
     return_exceptions: bool = False,
     executor: Executor | None = None,
+    get_object: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Stream[Any]:
     """The results of ``fn`` for many small objects, which workers download themselves: a stream.
@@ -68,17 +71,20 @@ def process_many(
     Args:
         bucket: the name of the bucket.
         keys: the names of the objects, or what ``list_objects`` gives.
-        fn: called in a worker with a key and its buffer, which are a tuple.
+        fn: called in a worker with a key and its buffer, which are a tuple. It runs on the loop that
+            downloads, so what computes for seconds takes the others the time to connect (5 s).
         chunksize: how many objects make one job, the unit of death and of cancellation.
         concurrency: how many requests a worker has under way.
         ordered: whether results come in the order of ``keys`` or job by job as these are done.
         return_exceptions: whether an error is the result of its object, or ends the stream.
         executor: whose workers it runs in; ``None``: the default executor's.
+        get_object: settings of each request, as :func:`download` takes them.
         **settings: of the clients, as :func:`client` takes them; they must be picklable.
 
     Raises:
         ValueError: ``chunksize`` or ``concurrency`` is less than 1, or the executor has no workers
             (``max_workers=0``).
+        TypeError: ``keys`` is one name.
 
     Leaving the stream, or cancelling what reads it, cancels its jobs, and their requests with them.
     """
@@ -90,7 +96,9 @@ def process_many(
             "map_cpu(fn, download_many(client, bucket, keys)) runs without"
         )
     at_least_one("concurrency", concurrency)
-    batch = _remote.Batch(pickle.dumps(settings), bucket, fn, concurrency, return_exceptions)
+    batch = _remote.Batch(
+        pickle.dumps(settings), bucket, get_object or {}, fn, concurrency, return_exceptions
+    )
     return Stream(
         "process_many",
         (names_of(keys),),

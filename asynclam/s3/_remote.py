@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._call import name_of
@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     Attributes:
         settings: of the client, pickled once.
         bucket: where the objects are.
+        get_object: settings of each request.
         function: called with each key and its buffer.
         concurrency: requests at once.
         return_exceptions: whether an error is the result of its object, or the job's.
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
 
     settings: bytes
     bucket: str
+    get_object: Mapping[str, Any]
     function: Callable[[tuple[str, SharedBuffer]], Any]
     concurrency: int
     return_exceptions: bool
@@ -68,7 +70,7 @@ async def _take_turns(
 ) -> None:
     for index, key in turns:
         try:
-            buffer = await download(s3, batch.bucket, key)
+            buffer = await download(s3, batch.bucket, key, **batch.get_object)
             results[index] = batch.function((key, buffer))
         except Exception as error:
             if not batch.return_exceptions:

@@ -14,10 +14,13 @@ from ._together import together
 
 Body = Any  # of aiobotocore
 Response = Mapping[str, Any]
+Range = tuple[int, int | None]  # as in a slice
 
 _CHUNK = 256 * 1024  # bytes; 1 KiB, the default of aiobotocore, is 6 to 10 times slower
 _TRIES = 3  # of botocore's standard mode
 _HEADS = 8  # requests at once
+_TAKEN = {"Bucket", "Key", "Range", "PartNumber", "ChecksumMode"}  # of the settings of a request
+_INSTEAD = "give it a byte_range, or nothing for the whole object, which is verified"
 
 CHANGED = "it was replaced by another object while it was downloaded; download it again"
 
@@ -36,12 +39,23 @@ class Extent:
     Attributes:
         start: the first byte's place in the object.
         nbytes: how many they are.
-        whole: whether that is the whole object.
+        total: how many the object has, if the server says so.
     """
 
     start: int
     nbytes: int
-    whole: bool
+    total: int | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all bytes of the object."""
+        return self.nbytes == self.total
+
+    def is_of(self, wanted: Range) -> bool:
+        """Whether it has what was asked for: a server may answer with the whole object (RFC 9110)."""
+        end = self.start + self.nbytes
+        total = end if self.total is None else self.total
+        return slice(*wanted).indices(total)[:2] == (self.start, end)
 
 
 def extent_of(response: Response) -> Extent:
@@ -55,45 +69,83 @@ def extent_of(response: Response) -> Extent:
     nbytes = int(length)
     content_range = response.get("ContentRange")  # such as "bytes 0-99/1234"
     if content_range is None:
-        return Extent(0, nbytes, whole=True)
+        return Extent(0, nbytes, nbytes)
     first, _, total = content_range.removeprefix("bytes ").partition("/")
     start = int(first.partition("-")[0])
-    return Extent(start, nbytes, whole=total == str(nbytes))
+    return Extent(start, nbytes, None if total == "*" else int(total))
+
+
+def _header_of(wanted: Range) -> str:
+    start, stop = wanted
+    if start < 0 and stop is None:
+        return f"bytes={start}"
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(
+            f"byte_range is (start, stop) with 0 <= start < stop, or (start, None), or "
+            f"(-length, None) for the end; got {wanted}"
+        )
+    return f"bytes={start}-{'' if stop is None else stop - 1}"
+
+
+def _require_aiohttp(client: Client) -> None:
+    from aiobotocore.httpsession import AIOHTTPSession
+
+    transport = getattr(client.meta.config, "http_session_cls", AIOHTTPSession)
+    if not issubclass(transport, AIOHTTPSession):
+        raise TypeError(
+            f"downloads need the aiohttp transport of aiobotocore, and this client was made with "
+            f"http_session_cls={transport.__name__}; make one without, as s3.client() does"
+        )
+
+
+def _require(response: Response, are_asked_for: bool) -> None:
+    if not are_asked_for:
+        response["Body"].close()
+        raise _refusal(f"the server sent other bytes than it was asked for: {extent_of(response)}")
 
 
 class Source:
     """An object, and after the first response the version of it.
+
+    Args:
+        client: an S3 client of aiobotocore.
+        bucket: the name of the bucket.
+        key: the name of the object.
+        settings: of all requests.
 
     Attributes:
         tries: how often a read may be tried that breaks off, as the client is configured.
         url: where it is, as errors say it.
     """
 
-    def __init__(self, client: Client, bucket: str, key: str) -> None:
+    def __init__(self, client: Client, bucket: str, key: str, settings: Mapping[str, Any]) -> None:
+        _require_aiohttp(client)
+        if taken := settings.keys() & _TAKEN:
+            raise TypeError(f"{min(taken)} is no setting of a download; {_INSTEAD}")
         self._client = client
-        self._object = {"Bucket": bucket, "Key": key}
+        self._object = {**settings, "Bucket": bucket, "Key": key}
         self._pin: dict[str, str] = {}
-        self._opened = False
         self.url = f"{client.meta.endpoint_url}/{bucket}/{key}"
         self.tries: int = (client.meta.config.retries or {}).get("total_max_attempts", _TRIES)
 
-    async def open(self, byte_range: str | None) -> Response:
+    async def open(self, wanted: Range | None) -> Response:
         """The first response, to which all others are pinned; its body is the caller's to close."""
-        more = {"Range": byte_range} if byte_range else {}
+        more = {} if wanted is None else {"Range": _header_of(wanted)}
         response: Response = await self._client.get_object(
-            **self._object, ChecksumMode="ENABLED", **more
+            **{**self._object, "ChecksumMode": "ENABLED", **more}
         )
         if etag := response.get("ETag"):
             self._pin = {"IfMatch": etag}
+        if wanted is not None:
+            _require(response, extent_of(response).is_of(wanted))
         return response
 
     async def read(self, start: int, stop: int) -> Body:
         """The body of a response that has exactly these bytes of that version."""
         response = await self._pinned("get_object", Range=f"bytes={start}-{stop - 1}")
         extent = extent_of(response)
-        if (extent.start, extent.nbytes) != (start, stop - start) or "ContentRange" not in response:
-            response["Body"].close()
-            raise _refusal(f"the server sent other bytes than it was asked for: {extent}")
+        asked = (extent.start, extent.nbytes) == (start, stop - start)
+        _require(response, asked and "ContentRange" in response)
         return response["Body"]
 
     async def _pinned(self, operation: str, **more: Any) -> Response:
@@ -101,7 +153,7 @@ class Source:
 
         try:
             response: Response = await getattr(self._client, operation)(
-                **self._object, **self._pin, **more
+                **{**self._object, **self._pin, **more}
             )
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Collection, Coroutine, Iterable
 from typing import Any
 
+from .._grace import shield
+
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Runs them side by side until all are done.
@@ -36,7 +38,8 @@ async def ended(tasks: Collection[asyncio.Future[Any]]) -> None:
     cancel: asyncio.CancelledError | None = None
     while waiting:
         try:
-            _, waiting = await asyncio.wait(waiting)
+            with shield():
+                _, waiting = await asyncio.wait(waiting)
         except asyncio.CancelledError as error:
             cancel = error
             waiting = {task for task in waiting if not task.done()}

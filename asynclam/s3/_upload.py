@@ -54,9 +54,11 @@ async def upload(
             ``PreconditionFailed`` where a condition was not met.
         botocore.exceptions.BotoCoreError: the connection failed.
 
-    An error or a cancel leaves nothing behind: an upload in parts is aborted before it is raised,
-    which takes a request; a RuntimeWarning tells if that fails. When the last request of it is under
-    way already, a cancel waits for that, and the object may be there.
+    An upload in parts that fails, or is cancelled, leaves nothing behind: it is aborted first, which
+    takes a request; a RuntimeWarning tells if that fails. When the last request of it is under way
+    already, a cancel waits for that, and the object may be there. So it may after the cancel of an
+    upload in one request, which does not wait. A request whose answer is lost is sent again, and then a
+    condition may not be met because of the very object that it has made.
     """
     wanted = {"IfNoneMatch": if_none_match, "IfMatch": if_match}
     conditions = {name: value for name, value in wanted.items() if value is not None}

@@ -75,9 +75,10 @@ ARROWS = {
     },
     "testing": {"_decorators", "_default", "_executor", "_handler"},
     # The rooms of s3, of which those behind its door are lazy, too.
-    "s3._client": set(),
+    "s3._connections": set(),
+    "s3._client": {"s3._connections"},
     "s3._places": set(),
-    "s3._together": set(),
+    "s3._together": {"_grace"},
     "s3._checksums": {"_memory", "s3._together"},
     "s3._source": {"s3._client", "s3._places", "s3._together"},
     "s3._download": {

@@ -6,17 +6,32 @@ import asyncio
 import errno
 import os
 import pickle
+import socket
 import sys
 import warnings
+from contextlib import nullcontext
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 from botocore import exceptions
 from typing_extensions import Self
 
-from asynclam import s3
-from asynclam.s3 import _client, _counted, _download, _listing, _multipart, _parts, _places, _source
+from asynclam import Executor, s3
+from asynclam.s3 import (
+    _client,
+    _connections,
+    _counted,
+    _download,
+    _listing,
+    _multipart,
+    _parts,
+    _places,
+    _source,
+    _together,
+)  # fmt: skip
 from tests.parts.s3_objects import MIB, held_segments
 
 
@@ -58,7 +73,7 @@ class Model:
 
 
 def source(*answers: Any) -> _source.Source:
-    return _source.Source(Client(*answers), "bucket", "key")
+    return _source.Source(Client(*answers), "bucket", "key", {})
 
 
 def lengths(*parts: int) -> list[dict[str, int]]:
@@ -121,11 +136,203 @@ async def test_more_than_was_asked_for() -> None:
 
     written: list[bytes] = []
     transfer = _download._Transfer(
-        source(), _source.Extent(0, 3, whole=True), lambda _, data: written.append(data), None
+        source(), _source.Extent(0, 3, 3), lambda _, data: written.append(data), None
     )
     with pytest.raises(_download._BrokenError):
         await transfer._receive(0, read, exact=True)
     assert written == [b"abc"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "answer", "right"),
+    [
+        ((10, 20), (10, 10, 100), True),
+        ((10, 200), (10, 90, 100), True),  # it ends at the object's end
+        ((10, None), (10, 90, 100), True),
+        ((-10, None), (90, 10, 100), True),
+        ((-200, None), (0, 100, 100), True),
+        ((0, 200), (0, 100, 100), True),  # the whole object, which it is
+        ((10, 20), (10, 10, None), True),  # of a length that is not known
+        ((10, 20), (0, 100, 100), False),  # the whole object, which it is not
+        ((10, 20), (11, 10, 100), False),
+        ((10, 20), (10, 9, 100), False),
+        ((10, None), (10, 80, 100), False),
+        ((-10, None), (80, 10, 100), False),
+        ((10, 20), (0, 10, None), False),
+    ],
+)
+async def test_a_range_is_what_was_asked_for(
+    wanted: Any, answer: tuple[int, int, int | None], right: bool
+) -> None:
+    """Anything else that a server or a proxy answers is refused: it is other bytes."""
+    start, nbytes, total = answer
+    end = f"bytes {start}-{start + nbytes - 1}/{'*' if total is None else total}"
+    closed: list[bool] = []
+    response: dict[str, Any] = {
+        "ContentLength": nbytes,
+        "Body": SimpleNamespace(close=lambda: closed.append(True)),
+    }
+    if total != nbytes:
+        response["ContentRange"] = end
+    if right:
+        assert await source(response).open(wanted) is response
+        assert not closed
+    else:
+        with pytest.raises(exceptions.ResponseStreamingError, match="other bytes"):
+            await source(response).open(wanted)
+        assert closed
+
+
+async def test_settings_that_would_change_which_bytes_come() -> None:
+    """They are refused before any request, with what to give instead."""
+    with pytest.raises(TypeError, match="PartNumber is no setting of a download; give it a byte_"):
+        await s3.download(Client(), "bucket", "key", PartNumber=1)
+
+
+async def test_another_transport() -> None:
+    """A client that has httpx instead of aiohttp is refused before any request, with the remedy."""
+    from aiobotocore.httpxsession import HttpxSession
+
+    client = Client()
+    client.meta.config.http_session_cls = HttpxSession
+    with pytest.raises(TypeError, match="http_session_cls=HttpxSession; make one without"):
+        await s3.download(client, "bucket", "key")
+
+
+@pytest.mark.parametrize("one", ["key", _listing.ObjectSummary("key", 1, "", datetime.min)])
+def test_one_name_is_not_many(one: Any) -> None:
+    """It would be taken for as many names as it has characters, or for its fields."""
+    with pytest.raises(TypeError, match=r"this is one name; give it \["):
+        s3.download_many(Client(), "bucket", one)
+    executor = Executor(1)
+    with pytest.raises(TypeError, match="this is one name"):
+        s3.process_many("bucket", one, len, executor=executor)
+    executor.kill()
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+async def test_a_socket_that_nobody_closes() -> None:
+    """Its client can be left: it is shut down, and waited for no longer than some turns of the loop."""
+    connections = _connections.Connections()
+    connections.client = nullcontext("client")  # type: ignore[assignment]
+    async with connections as client:
+        assert client == "client"
+        one = connections.open((socket.AF_INET, socket.SOCK_STREAM, 0, "", ()))
+    assert one.fileno() >= 0
+    one.close()
+
+
+async def test_a_transport_that_has_no_sockets_of_its_own() -> None:
+    """That of httpx takes no factory for them, and its clients can be made and left all the same."""
+    from aiobotocore.config import AioConfig
+    from aiobotocore.httpxsession import HttpxSession
+
+    config = AioConfig(http_session_cls=HttpxSession)
+    wanted = _client._with_sockets_of(_connections.Connections(), config)
+    assert wanted is config
+
+
+# --- uploads that are cut off --------------------------------------------------------------------
+
+
+class Stuck:
+    """A client whose creation, or whose first aborts, are under way until they are cancelled."""
+
+    def __init__(self, *, creation: bool = False, aborts: int = 0) -> None:
+        self.aborts = aborts
+        self.stuck = asyncio.Event()
+        self.aborted = False
+        self._creation = creation
+        self.meta = SimpleNamespace(service_model=Model())
+
+    async def create_multipart_upload(self, **_: Any) -> dict[str, str]:
+        if self._creation:
+            await self._wait()
+        return {"UploadId": "1"}
+
+    async def upload_part(self, **_: Any) -> None:
+        raise LookupError("the first error")
+
+    async def abort_multipart_upload(self, **_: Any) -> None:
+        if self.aborts:
+            self.aborts -= 1
+            await self._wait()
+        self.aborted = True
+
+    async def _wait(self) -> None:
+        self.stuck.set()
+        await asyncio.get_running_loop().create_future()
+
+
+async def cut_off(client: Stuck, times: int) -> asyncio.Task[None]:
+    """An upload in parts on a loop all of whose tasks are cancelled as often as a request is stuck."""
+    data = bytes(_parts.PART + 1)
+    me = asyncio.current_task()
+    upload = asyncio.ensure_future(s3.upload(client, "bucket", "key", data))
+    for _ in range(times):
+        await client.stuck.wait()
+        client.stuck.clear()
+        for task in asyncio.all_tasks() - {me}:
+            task.cancel()
+    await asyncio.wait([upload])
+    return upload
+
+
+async def test_an_abort_that_is_cancelled_is_made_anew() -> None:
+    """As by ``asyncio.run()``, which cancels every task at its end, or a handler at its deadline."""
+    client = Stuck(aborts=1)
+    upload = await cut_off(client, 1)
+    assert upload.cancelled()
+    assert client.aborted
+
+
+async def test_an_abort_that_is_cancelled_again_is_told() -> None:
+    """It cannot go on for ever; who is left with an open upload hears of it."""
+    client = Stuck(aborts=2)
+    with pytest.warns(RuntimeWarning, match="an upload of s3://bucket/key could not be aborted"):
+        upload = await cut_off(client, 2)
+    assert upload.cancelled()
+    assert not client.aborted
+
+
+async def test_a_creation_that_is_cancelled_is_told() -> None:
+    """Nobody knows whether there is an upload, nor how it is called."""
+    client = Stuck(creation=True)
+    with pytest.warns(RuntimeWarning, match="may have been created of s3://bucket/key"):
+        upload = await cut_off(client, 1)
+    assert upload.cancelled()
+
+
+async def test_a_wait_within_a_cancelled_scope() -> None:
+    """A scope of anyio cancels again at each turn of the loop, which must not turn for that."""
+    done = asyncio.get_running_loop().create_future()
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        if turns < 100:
+            asyncio.get_running_loop().call_soon(turn)
+        else:
+            done.set_result(None)
+
+    waits = 0
+    wait = asyncio.wait
+
+    async def counted(*args: Any) -> Any:
+        nonlocal waits
+        waits += 1
+        return await wait(*args)
+
+    with anyio.CancelScope() as scope, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "wait", counted)
+        scope.cancel()
+        turn()
+        await _together.ended([done])
+    assert done.done()
+    assert waits == 1
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiobotocore.config import AioConfig
 from aiohttp import web
 
 from asynclam import s3
-from tests.parts.s3_objects import KIB, content, is_get
+from tests.parts.s3_objects import KIB, MIB, PATIENCE, content, is_get
 
 if TYPE_CHECKING:
     from asynclam._demo.seaweedfs import Server
-    from tests.end_to_end.conftest import Behind, MakeClient
+    from tests.end_to_end.conftest import Authority, Behind, MakeClient
 
 
 async def test_connections_that_died_in_a_freeze_are_replaced(behind: Behind, bucket: str) -> None:
@@ -37,6 +41,73 @@ async def test_connections_that_died_in_a_freeze_are_replaced(behind: Behind, bu
         assert sum(map(is_get, proxy.requests)) == len(keys)
         proxy.drop_connections()
         await s3.upload(client, bucket, "thaw/0", content(KIB))
+
+
+async def test_no_connection_outlives_its_client(
+    s3_client_with: MakeClient, bucket: str, scheme: str, authority: Authority
+) -> None:
+    """Not even one to which a cancelled upload was writing, and from which nobody reads any more.
+
+    A loop that is closed then leaks it; uvloop raises OSError (EBUSY).
+    """
+    reached = asyncio.Event()
+    accepted: list[asyncio.StreamWriter] = []
+
+    async def stop_reading(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.append(writer)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await reader.readexactly(1)
+        reached.set()
+
+    tls = authority.server_context() if scheme == "https" else None
+    server = await asyncio.start_server(stop_reading, "127.0.0.1", 0, ssl=tls)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        async with s3_client_with(endpoint_url=f"{scheme}://127.0.0.1:{port}") as client:
+            upload = asyncio.ensure_future(s3.upload(client, bucket, "stuck", content(8 * MIB)))
+            await asyncio.wait_for(reached.wait(), PATIENCE)
+            upload.cancel()
+            await asyncio.wait([upload])
+            assert connected_to(port)
+        assert not connected_to(port)
+    finally:
+        for writer in accepted:
+            writer.transport.abort()
+            with suppress(OSError):
+                await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+
+def connected_to(port: int) -> list[int]:
+    """The descriptors of this process whose other side has that port."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the listing itself, and sockets that are not connected
+            if str(path.readlink()).startswith("socket:"):
+                descriptor = int(path.name)
+                with socket.socket(fileno=os.dup(descriptor)) as copy:
+                    if copy.getpeername()[1:2] == (port,):
+                        found.append(descriptor)
+    return found
+
+
+async def test_a_socket_factory_of_the_user_is_kept(
+    s3_client_with: MakeClient, bucket: str
+) -> None:
+    """And every other setting of the connections."""
+    made = []
+
+    def factory(address: tuple[Any, ...]) -> socket.socket:
+        made.append(address)
+        return socket.socket(*address[:3])
+
+    config = AioConfig(connector_args={"socket_factory": factory, "keepalive_timeout": 5})
+    async with s3_client_with(config=config) as client:
+        await s3.upload(client, bucket, "own", content(KIB))
+        assert client.meta.config.connector_args["keepalive_timeout"] == 5
+    assert made
 
 
 @asynccontextmanager

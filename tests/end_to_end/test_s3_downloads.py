@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import uuid
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,6 +109,40 @@ async def test_ranges_grow_with_the_object(
         buffer = await s3.download(client, bucket, "grown")
     assert buffer.view == content(MIB)
     assert len(proxy.requests) == requests
+
+
+async def test_settings_reach_every_request(behind: Behind, bucket: str) -> None:
+    """Also those for further ranges, for where parts end, of a listing, and of many downloads."""
+    async with behind() as (proxy, client):
+        await s3.upload(client, bucket, "settings/small", content(KIB))
+        in_parts = content(9 * MIB)  # with a checksum of the parts' checksums
+        await s3.upload(client, bucket, "settings/parts", in_parts, ChecksumAlgorithm="SHA256")
+        proxy.requests.clear()
+        payer = {"RequestPayer": "requester"}
+        listing = s3.list_objects(client, bucket, "settings/", **payer)
+        downloads = await s3.download_many(client, bucket, listing, **payer)
+        assert {buffer.nbytes for _, buffer in downloads} == {KIB, len(in_parts)}
+        await s3.download(client, bucket, "settings/small", **payer)
+        assert {request.method for request in proxy.requests} == {"GET", "HEAD"}
+        assert any(request.headers.get("Range") for request in proxy.requests)
+        for request in proxy.requests:
+            assert request.headers["x-amz-request-payer"] == "requester"
+
+
+async def test_a_version_of_an_object(s3_client: Any) -> None:
+    """Every version can be had, also when another has replaced it."""
+    bucket = f"versions-{uuid.uuid4()}"
+    await s3_client.create_bucket(Bucket=bucket)
+    await s3_client.put_bucket_versioning(
+        Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
+    )
+    for size in (MIB, KIB):
+        await s3.upload(s3_client, bucket, "key", content(size))
+    found = await s3_client.list_object_versions(Bucket=bucket)
+    for version in found["Versions"]:
+        download = s3.download(s3_client, bucket, "key", VersionId=version["VersionId"])
+        assert (await download).view == content(version["Size"])
+    assert {version["Size"] for version in found["Versions"]} == {KIB, MIB}
 
 
 async def test_an_error_of_a_callback(s3_client: Any, bucket: str) -> None:
@@ -273,8 +309,9 @@ async def test_a_range_is_downloaded(
 @pytest.mark.parametrize("byte_range", [(5, 5), (6, 5), (-5, 7), (-5, -2)])
 async def test_a_range_that_is_none_is_refused(byte_range: tuple[int, int]) -> None:
     """It is a ValueError that says what a range is, before the client is asked."""
+    meta = SimpleNamespace(endpoint_url="http://s3", config=SimpleNamespace(retries=None))
     with pytest.raises(ValueError, match=r"\(start, stop\)"):
-        await s3.download(None, "bucket", "key", byte_range=byte_range)
+        await s3.download(SimpleNamespace(meta=meta), "bucket", "key", byte_range=byte_range)
 
 
 async def test_a_range_behind_the_end_is_s3s_error(s3_client: Any, bucket: str) -> None:

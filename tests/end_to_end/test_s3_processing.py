@@ -45,6 +45,23 @@ async def test_every_object_is_processed_in_a_worker(
         assert await executor.run_cpu(s3_jobs.count_clients) == 1
 
 
+async def test_settings_of_the_requests(
+    bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any]
+) -> None:
+    """They reach the requests of the workers."""
+    async with asynclam.Executor(1) as executor:
+        refused, *_ = await s3.process_many(
+            bucket,
+            ["bulk/00"],
+            s3_jobs.named_digest,
+            executor=executor,
+            return_exceptions=True,
+            get_object={"IfMatch": '"another"'},
+            **s3_settings,
+        )
+    assert "PreconditionFailed" in str(refused)
+
+
 async def test_other_settings_are_another_client(
     bucket: str, objects: dict[str, bytes], s3_settings: dict[str, Any]
 ) -> None:
