@@ -116,21 +116,29 @@ class Outbox:
 
         Where the socket is full, what is left waits for the next record or reply.
         """
-        while self._frames or self._rest:
-            # Never waits for the turn: it may be this very thread that has it, in a finaliser.
-            if not self.turn.acquire(blocking=False):
-                return
-            try:
-                if not self._send(_NOW):
+        # A cancel that is raised between the send and the line that takes note of it would tear a frame,
+        # and one between the lock and the try would keep the turn. Blocking looks for signals that have
+        # come before: it may raise when it has blocked, so what was is asked for first.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SOFT_CANCEL)
+            while self._frames or self._rest:
+                # Never waits for the turn: it may be this very thread that has it, in a finaliser.
+                if not self.turn.acquire(blocking=False):
                     return
-            finally:
-                self.turn.release()
+                try:
+                    if not self._send(_NOW):
+                        return
+                finally:
+                    self.turn.release()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _send(self, flags: int) -> bool:
-        """Sends until nothing is left (then true), or there is no room. Has the turn."""
-        # A cancel that is raised between the send and the line that takes note of it would tear a
-        # frame. Blocking looks for signals that have come before.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SOFT_CANCEL)
+        """Sends until nothing is left (then true), or there is no room. Has the turn.
+
+        No cancel comes meanwhile: none is raised in it, or there is no job.
+        """
         self.is_full = self._dropped > 0  # before the look: who puts something later says so
         try:
             while self._rest or self._frames:
@@ -145,8 +153,6 @@ class Outbox:
         except OSError:  # the loop process is gone, which the worker will notice when it reads
             self._frames.clear()
             self._rest, self._kept = b"", 0
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return True
 
     def empty(self) -> None:

@@ -12,6 +12,7 @@ import types
 import pytest
 
 from asynclam import _raised, _records, _wire, _worker
+from asynclam._errors import JobCancelled
 
 
 class Clock:
@@ -183,6 +184,50 @@ def test_a_cancel_does_not_tear_a_frame(ends, clock):
     outbox.put(b"body")
     assert masks == [True]
     assert signal.SIGURG not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert [frame.body for frame in received(theirs)] == [b"body"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_cancel_in_the_moment_of_blocking(ends, clock, monkeypatch, when):
+    """It is raised, by the very call that blocks the signal; nothing stays blocked, and no turn taken."""
+    ours, theirs = ends
+    block = signal.pthread_sigmask
+
+    def cancelled(how, signals):
+        if how == signal.SIG_BLOCK and signals:
+            if when == "after":
+                block(how, signals)
+            monkeypatch.setattr(signal, "pthread_sigmask", block)
+            raise JobCancelled
+        return block(how, signals)
+
+    outbox = _records.Outbox(ours, clock)
+    monkeypatch.setattr(signal, "pthread_sigmask", cancelled)
+    with pytest.raises(JobCancelled):
+        outbox.put(b"body")
+    assert signal.SIGURG not in block(signal.SIG_BLOCK, ())
+    assert not outbox.turn.locked()
+    outbox.look_again()
+    assert [frame.body for frame in received(theirs)] == [b"body"]
+
+
+def test_a_cancel_when_the_turn_was_taken(ends, clock, monkeypatch):
+    """The signal is blocked by then, so that nothing is raised before the turn is sure to be given back."""
+    ours, theirs = ends
+    masks = []
+
+    class Turn:
+        def acquire(self, *, blocking):
+            masks.append(signal.SIGURG in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            return True
+
+        def release(self):
+            masks.append(signal.SIGURG in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    outbox = _records.Outbox(ours, clock)
+    outbox.turn = Turn()
+    outbox.put(b"body")
+    assert masks == [True, True]
     assert [frame.body for frame in received(theirs)] == [b"body"]
 
 
