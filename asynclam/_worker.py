@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from time import perf_counter_ns
@@ -193,6 +194,7 @@ class Worker:
             if frame.flags & _wire.RELEASES:
                 frame.body = self._end().noted(frame.body)
             if not self._begin(order):  # before unpickling: that is users' code, too
+                take_segment(frame, self._open)
                 frame.close()
                 self._reply(_wire.SKIPPED, order, ())
                 continue
@@ -445,11 +447,26 @@ def received(
     if frame.flags & _wire.CARRIES:
         carried, length = _context.taken(frame.body)
         frame.body = memoryview(frame.body)[length:]
-        context.run(_context.enter, carried)
+        try:
+            context.run(_context.enter, carried)
+        except BaseException:
+            take_segment(frame, open_segment)
+            raise
     elif _context.has_trace_id():
         _context.set_trace_id(None)
     fn, args, kwargs = _call.receive(frame, open_segment)
     return context, fn, args, kwargs
+
+
+def take_segment(frame: _wire.Frame, open_segment: _call.Open | None) -> None:
+    """Takes the segment of a job that will not be received: who has sent it waits for its release."""
+    if open_segment is not None and frame.flags & _wire.SEGMENT:
+        from ._segments import RECORD_SIZE
+
+        frame.body = memoryview(frame.body)[-RECORD_SIZE:]
+        with suppress(OSError):  # it is lost, which will be told
+            open_segment(frame)
+        frame.body = bytearray()
 
 
 def refusal(frame: _wire.Frame, error: Exception, begun: int) -> Reply:

@@ -1,15 +1,19 @@
 """What an executor tells of itself."""
 
 import asyncio
+import contextvars
 import os
+import signal
 
 import numpy as np
 import pytest
 import uvloop
 
-from asynclam import Executor
+from asynclam import Executor, PayloadError
 from tests import jobs
 from tests.parts.gate import pass_through
+
+variable = contextvars.ContextVar("variable", default=None)
 
 
 async def test_times():
@@ -45,9 +49,12 @@ async def test_inline():
         assert (now.queue_seconds, now.segments_in_use, now.processes_pay) == (0, 0, True)
 
 
-@pytest.mark.skipif(
+in_segments = pytest.mark.skipif(
     os.environ.get("ASYNCLAM_SEGMENTS") == "stream", reason="about segments; payloads are in frames"
 )
+
+
+@in_segments
 async def test_segments_in_use():
     """Those count that an argument or a result looks into."""
     async with Executor(1) as executor:
@@ -56,6 +63,37 @@ async def test_segments_in_use():
         del result
         for _ in range(2):  # the notes of one frame, and of its reply
             await executor.run_cpu(jobs.echo, 1)
+        assert executor.statistics().segments_in_use == 0
+
+
+@in_segments
+async def test_the_segment_of_a_job_that_was_not_received():
+    """Nothing looks into it, so it is released as any other, also if it has never been looked at."""
+    async with Executor(1, context_vars=[variable]) as executor:
+        variable.set(jobs.BreaksInParent())  # it cannot be unpickled
+        for _ in range(3):
+            with pytest.raises(PayloadError):
+                await executor.run_cpu(len, bytes(1 << 20))
+        variable.set(None)
+        for _ in range(2):
+            await executor.run_cpu(jobs.echo, 1)
+        assert executor.statistics().segments_in_use == 0
+
+
+@in_segments
+async def test_the_segment_of_a_job_that_did_not_begin():
+    """It was cancelled when it had been sent, while its worker stood still."""
+    async with Executor(1) as executor:
+        pid = await executor.run_cpu(jobs.pid)
+        os.kill(pid, signal.SIGSTOP)
+        job = asyncio.ensure_future(executor.options(cancel_grace=60).run_cpu(len, bytes(1 << 20)))
+        while executor.statistics().segments_in_use == 0:
+            await asyncio.sleep(0)
+        job.cancel()
+        await asyncio.wait([job])
+        os.kill(pid, signal.SIGCONT)
+        for _ in range(3):
+            assert await executor.run_cpu(jobs.pid) == pid
         assert executor.statistics().segments_in_use == 0
 
 
