@@ -136,12 +136,17 @@ def shares_main(method: StartMethod) -> bool:
 
 
 def discard(server: ForkServer) -> None:
-    """Forgets a server that has died; the next :func:`ensure` starts another."""
+    """Forgets a server that has died; the next :func:`ensure` starts another.
+
+    Loops in several threads may see the death at once. Who takes the server off the list ends it; the
+    others need not wait for that. A lock held meanwhile might be met by a signal handler.
+    """
     with _lock:
-        for method, known in list(_servers.items()):
-            if known is server:
-                del _servers[method]
-    server.stop()
+        methods = [method for method, known in _servers.items() if known is server]
+        for method in methods:
+            del _servers[method]
+    if methods:
+        server.stop()
 
 
 def stop() -> None:

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 
 import pytest
 
@@ -218,6 +220,27 @@ def test_one_of_two_servers_is_discarded():
     forked, spawned = _forkserver.ensure("fork"), _forkserver.ensure("spawn")
     _forkserver.discard(forked)
     assert _forkserver.ensure("auto") is spawned
+
+
+def test_two_loops_discard_one_server(monkeypatch):
+    """Both have seen its death at once: one ends it, and the other goes on."""
+    server = _forkserver.ensure("fork")
+    connections = []
+
+    def discarded_elsewhere():
+        monkeypatch.undo()
+        thread = threading.Thread(target=_forkserver.discard, args=(server,))
+        thread.start()
+        thread.join()
+        connections.append(server._master.fileno())
+        return select.poll()
+
+    monkeypatch.setattr(select, "poll", discarded_elsewhere)
+    _forkserver.discard(server)
+    assert connections[0] >= 0, "it is still being ended here"
+    assert server._master.fileno() < 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(server.pid, 0)
 
 
 def test_a_job_at_the_top_level_of_a_module(monkeypatch):
