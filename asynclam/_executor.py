@@ -147,9 +147,6 @@ class Executor:
                 call = await pool.rota.run(steps, _call.Call.close)
             finally:
                 pool.expect_no_more()
-            if self._closed == "killed":
-                call.close()
-                self._require_open()
         else:
             call = self._new_call(fn, args, kwargs)
         if carried:

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from . import _call, _coroutines, _steps, _wire, _worker
-from ._errors import ExecutorClosedError, PayloadError
+from ._errors import PayloadError
 from ._job import USUAL, Counts, Job, Terms
 from ._turns import Rota
 
@@ -33,10 +33,14 @@ class InlinePool:
         self.counts = Counts()
         self._tasks: dict[int, tuple[Job, Task[_worker.Reply]]] = {}  # of coroutines, by number
         self._closing: Future[None] | None = None
+        self._killed = False
 
     def submit(self, call: _call.Call, terms: Terms = USUAL) -> Job:
         """Runs the call and settles it, before it returns; a coroutine is begun."""
         job = Job(call, self.loop.create_future(), terms)
+        if self._killed:  # while the call was being pickled
+            job.fail_as_killed()
+            return job
         run = self._begin if call.is_coroutine else self._run
         reply = run(job)
         if reply is not None and reply.kind == _wire.REFUSED:
@@ -131,8 +135,9 @@ class InlinePool:
 
     def kill(self) -> None:
         """Cancels the coroutines and fails their jobs."""
+        self._killed = True
         for job, task in list(self._tasks.values()):
-            job.fail(ExecutorClosedError(f"the executor was killed before {job.name} had ended"))
+            job.fail_as_killed()
             if not self.loop.is_closed():
                 task.cancel()
 

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import _payload, _raised, _steps, _wire
-from ._errors import JobExitError, PayloadError, reason_of
+from ._errors import ExecutorClosedError, JobExitError, PayloadError, reason_of
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -174,6 +174,10 @@ class Job:
         self.drop()
         if self._wanted():
             self.future.set_exception(self._harmless(error))
+
+    def fail_as_killed(self) -> None:
+        """Says that its pool was killed."""
+        self.fail(ExecutorClosedError(f"the executor was killed before {self.name} had ended"))
 
     def drop(self) -> None:
         """No worker has the job, or will have it."""

@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING
 
 from . import _forkserver, _memory, _payload, _raised, _records, _wire
 from ._channel import Channel
-from ._errors import AsynclamError, ExecutorClosedError, WorkerDiedError, WorkerStartError
+from ._errors import AsynclamError, WorkerDiedError, WorkerStartError
 from ._job import USUAL, Counts, Job, Terms
 from ._life import Life
 from ._recipe import Recipe
@@ -220,6 +220,8 @@ class Pool:
             if not worker.jobs:
                 worker.since = job.made
             self._give(worker, job)
+        elif self._killed:  # while the call was being pickled
+            job.fail_as_killed()
         else:
             self._failed_starts = 0
             self._queue[job.number] = job
@@ -342,7 +344,7 @@ class Pool:
             if timer is not None:
                 timer.cancel()
         for job in jobs:
-            job.fail(ExecutorClosedError(f"the executor was killed before {job.name} had ended"))
+            job.fail_as_killed()
         self._tell_closed()
 
     def count(self, state: str) -> int:

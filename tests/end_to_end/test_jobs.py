@@ -670,6 +670,27 @@ async def test_the_end_of_the_block_waits_for_large_arguments():
     assert await task == 100_000
 
 
+@pytest.mark.parametrize("max_workers", [0, 1])
+@pytest.mark.parametrize("is_first", [False, True])
+async def test_killed_by_what_is_pickled(max_workers, is_first):
+    """Whatever the caller's code has done meanwhile: nothing is run, nor is a worker started."""
+
+    class Killing:
+        def __reduce__(self):
+            executor.kill()
+            return int, ()
+
+    executor = Executor(max_workers)
+    if not is_first:
+        await executor.run_cpu(len, ())
+    with pytest.raises(ExecutorClosedError):
+        await executor.run_cpu(pytest.fail, Killing())
+    with SharedBuffer(4096) as buffer:
+        executor = Executor(max_workers)
+        with pytest.raises(ExecutorClosedError):
+            await anext(executor.map_cpu(pytest.fail, [(buffer, Killing())]))
+
+
 async def test_killed_while_large_arguments_are_pickled():
     """The call is refused, and the descriptors that it would have sent are closed."""
     with SharedBuffer(4096) as buffer:

@@ -9,15 +9,32 @@ import threading
 from pathlib import Path
 
 import pytest
+import uvloop
 
 import asynclam
-from asynclam import Executor, ExecutorClosedError, _call, _default, run_cpu
+from asynclam import Executor, ExecutorClosedError, SharedBuffer, _call, _default, run_cpu
 from tests import jobs
 from tests.parts.everything import WAYS
 from tests.parts.gate import pass_through
 from tests.parts.processes import ended
 
 ROOT = Path(asynclam.__file__).parent.parent
+
+both_loops = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+
+
+async def in_thread(new_loop, coroutine):
+    """What a coroutine returns or raises on a loop in another thread, whose calls that loop checks."""
+
+    def run():
+        loop = new_loop()
+        loop.set_debug(True)
+        try:
+            return loop.run_until_complete(coroutine)
+        finally:
+            loop.close()
+
+    return await asyncio.to_thread(run)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -170,6 +187,35 @@ async def test_closing_an_executor_that_another_loop_uses(gate):
     await asyncio.to_thread(thread.join)
     assert len(failed) == 1
     await ended(pid)
+
+
+@both_loops
+@pytest.mark.parametrize("max_workers", [0, 1])
+@pytest.mark.parametrize("is_first", [False, True])
+async def test_closing_while_another_loop_pickles(new_loop, max_workers, is_first):
+    """The call there is refused, and the descriptors that it would have sent are closed."""
+    pickling, closed = threading.Event(), threading.Event()
+
+    class Slow:
+        def __reduce__(self):
+            pickling.set()
+            closed.wait()
+            return int, ()
+
+    async def elsewhere():
+        if not is_first:
+            await executor.run_cpu(len, ())
+        with SharedBuffer(4096) as buffer:
+            arguments = [buffer, Slow(), *map(str, range(100_000))]
+            with pytest.raises(ExecutorClosedError):
+                await executor.run_cpu(len, arguments)
+
+    executor = Executor(max_workers)
+    there = asyncio.ensure_future(in_thread(new_loop, elsewhere()))
+    await asyncio.to_thread(pickling.wait)
+    await executor.aclose()
+    closed.set()
+    await there
 
 
 async def test_dropped_at_the_end_of_the_interpreter(monkeypatch):
