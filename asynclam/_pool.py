@@ -344,6 +344,7 @@ class Pool:
             if timer is not None:
                 timer.cancel()
         for job in jobs:
+            job.worker = None  # who has cancelled it in this turn, too, finds nothing left to end
             job.fail_as_killed()
         self._tell_closed()
 

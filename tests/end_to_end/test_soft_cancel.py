@@ -480,6 +480,23 @@ async def test_killing_does_not_wait(gate, trace, how):
         await executor.run_cpu(jobs.pid)
 
 
+@pytest.mark.parametrize("others", [0, 3])
+async def test_killing_in_the_turn_of_the_cancel(gate, trace, others):
+    """The cancel has its outcome: there is nothing left to be told to end."""
+    executor = Executor(1)
+    for _ in range(3):
+        await executor.run_cpu(jobs.echo, 1)
+    task, _ = await started(executor.options(cancel_grace=LONG), gate, clean_up_slowly, trace)
+    waiting = [asyncio.ensure_future(executor.run_cpu(jobs.echo, 1)) for _ in range(others)]
+    await asyncio.sleep(0)
+    task.cancel()
+    executor.kill()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ExecutorClosedError] * others
+
+
 def test_a_loop_that_is_closed_under_it(gate, trace):
     """The worker is killed when the next loop comes; that loop has others."""
     executor = Executor(1)
