@@ -584,7 +584,11 @@ class Executor:
                 pool.loop.call_soon_threadsafe(pool.replace_workers)
 
     def kill(self) -> None:
-        """Ends all workers at once; their jobs fail with ExecutorClosedError. Waits for nothing."""
+        """Ends all workers at once; their jobs fail with ExecutorClosedError. Waits for nothing.
+
+        It may be called from any thread, and while no loop runs. Jobs of a loop that runs in another
+        thread fail in that thread, at the loop's next turn.
+        """
         self._closed = "killed"
         self._end_workers()
 

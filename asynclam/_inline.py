@@ -133,6 +133,9 @@ class InlinePool:
         if self._closing is not None and not self._tasks and not self._closing.done():
             self._closing.set_result(None)
 
+    def kill_workers(self) -> None:
+        """There are none."""
+
     def kill(self) -> None:
         """Cancels the coroutines and fails their jobs."""
         self._killed = True

@@ -46,11 +46,11 @@ class Life:
             self.given = -1
 
     def end(self) -> None:
-        """Kills who depends on it, if that lives; doing so twice does nothing."""
-        if self._kept >= 0:
-            _descriptors.unmark(self._kept)
-            os.close(self._kept)
-            self._kept = -1
+        """Kills who depends on it, if that lives; doing so twice does nothing, in whatever threads."""
+        kept, self._kept = self._kept, -1  # without a call in it, at which threads may change
+        if kept >= 0:
+            _descriptors.unmark(kept)
+            os.close(kept)
 
     def __del__(self) -> None:
         self.end()

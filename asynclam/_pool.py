@@ -319,6 +319,15 @@ class Pool:
             self._advance_close()
         return self._closing
 
+    def kill_workers(self) -> None:
+        """Ends the workers' processes at once, from any thread; :meth:`kill` is to follow in the loop's.
+
+        Those that no life pipe binds end with that.
+        """
+        self._killed = True
+        for worker in list(self._workers.values()):
+            worker.life.end()
+
     def kill(self) -> None:
         """Ends all workers at once and fails their jobs. Nothing is waited for."""
         self._killed = True
@@ -1046,6 +1055,8 @@ class Pool:
 
     def _bury(self, worker: _Worker) -> None:
         """Forgets a worker that is dead or given up, and settles the job that it had."""
+        if self._killed:  # from another thread: kill(), which is about to come, settles all jobs
+            return
         worker.channel.close()
         del self._workers[worker.number]
         if worker in self._idle:

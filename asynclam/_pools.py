@@ -2,10 +2,12 @@
 
 Loops may run in several threads at once. Who looks for a pool, takes over that of a closed loop, or
 ends it, does so with the lock: a pool has one loop. What a loop does with its own pool needs none.
+While a loop runs, nobody else touches what its pool watches there, nor its futures: it would not wake.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from threading import RLock  # a finaliser may end pools wherever this thread is
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -69,16 +71,43 @@ class Pools:
 
     def kill(self) -> None:
         """Ends all workers at once, and forgets the pools."""
+        here = asyncio._get_running_loop()
         with self._lock:
             self._ended = Counts()
             for pool in self:
+                if pool.loop is not here and pool.loop.is_running():
+                    pool.kill_workers()
+                    kill_in_loop(pool)
+                    continue
                 pool.kill()
+                if pool.loop is here:  # which a signal handler may have interrupted while it waits
+                    here.call_soon_threadsafe(_wake)
             self._all.clear()
 
 
 def kill_in_loop(pool: AnyPool) -> None:
     """Kills a pool from another thread, or from wherever the garbage collector runs."""
     try:
-        pool.loop.call_soon_threadsafe(pool.kill)
-    except RuntimeError:  # the loop is closed
-        pool.kill()
+        pool.loop.call_soon_threadsafe(_Kill(pool))
+    except RuntimeError:
+        pass  # the loop is closed, and this was its drop
+
+
+class _Kill:
+    """Kills a pool when its loop calls it, or is closed and drops it."""
+
+    __slots__ = ("_pool",)
+
+    def __init__(self, pool: AnyPool) -> None:
+        self._pool = pool
+
+    def __call__(self) -> None:
+        self._pool.kill()
+
+    def __del__(self) -> None:
+        if self._pool.loop.is_closed():
+            self._pool.kill()
+
+
+def _wake() -> None:
+    pass

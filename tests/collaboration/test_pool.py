@@ -19,6 +19,7 @@ from asynclam import (
     _steps,
     _wire,
 )
+from asynclam._job import Terms
 from asynclam._pool import Pool
 from tests import jobs
 from tests.parts.actors import call_of, result_body
@@ -891,6 +892,19 @@ async def test_a_call_that_was_expected_and_does_not_come(stage):
     assert not closing.done()
     stage.pool.expect_no_more()
     await closing
+
+
+async def test_workers_that_are_killed_first(stage):
+    """From another thread, which may touch no more than processes: their jobs wait for the kill."""
+    job, worker, _ = await stage.busy(1, Terms(retries=1))
+    stage.pool.kill_workers()
+    worker.close()
+    stage.server.exited(worker)
+    await idle()
+    assert not job.future.done()
+    stage.pool.kill()
+    with pytest.raises(ExecutorClosedError):
+        await job.future
 
 
 async def test_kill_fails_the_jobs(stage):

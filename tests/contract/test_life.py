@@ -146,6 +146,23 @@ def test_letting_go_twice():
             os.fstat(descriptor)
 
 
+def test_ended_by_two_threads(monkeypatch):
+    """While one closes it, another finds nothing to close."""
+    life = Life()
+    life.handed_over()
+    close, closed = os.close, []
+
+    def ended_elsewhere(descriptor):
+        closed.append(descriptor)
+        if len(closed) == 1:
+            life.end()
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", ended_elsewhere)
+    life.end()
+    assert len(closed) == 1
+
+
 def test_a_life_that_is_dropped_ends():
     """Nothing is left open by who forgets to end it."""
     life = Life()

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import signal
 
 import pytest
 
-from asynclam import Executor, PayloadError, _segments
+from asynclam import Executor, ExecutorClosedError, PayloadError, _segments
 from tests import jobs
+from tests.parts.gate import pass_through
 
 
 def test_interrupted_while_a_payload_is_copied(monkeypatch):
@@ -47,6 +49,38 @@ def test_interrupted_while_a_result_is_unpickled():
     finally:
         executor.kill()
         loop.close()
+
+
+def test_killed_by_a_signal_handler(gate, monkeypatch):
+    """The loop that waits for the job, and is interrupted there, waits no longer."""
+
+    def interrupted(timeout):
+        if timeout is not None:
+            return select(timeout)
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGUSR1)
+        woken.append(bool(ready := select(0)))
+        return ready
+
+    async def use():
+        task = asyncio.ensure_future(executor.run_cpu(pass_through, gate.path))
+        await gate.entered()
+        monkeypatch.setattr(selector, "select", interrupted)
+        with pytest.raises(ExecutorClosedError):
+            await task
+
+    woken = []
+    executor = Executor(1)
+    handler = signal.signal(signal.SIGUSR1, lambda *_: executor.kill())
+    loop = asyncio.new_event_loop()
+    selector = loop._selector
+    select = selector.select
+    try:
+        loop.run_until_complete(use())
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+        loop.close()
+    assert woken == [True]
 
 
 class Interrupting:

@@ -13,7 +13,7 @@ import uvloop
 
 import asynclam
 from asynclam import Executor, ExecutorClosedError, SharedBuffer, _call, _default, run_cpu
-from tests import jobs
+from tests import coroutine_jobs, jobs
 from tests.parts.everything import WAYS
 from tests.parts.gate import pass_through
 from tests.parts.processes import ended
@@ -187,6 +187,67 @@ async def test_closing_an_executor_that_another_loop_uses(gate):
     await asyncio.to_thread(thread.join)
     assert len(failed) == 1
     await ended(pid)
+
+
+@both_loops
+async def test_killing_an_executor_that_another_loop_uses(gate, new_loop):
+    """What was under way there fails in its own thread, whose loop would wait for it."""
+    executor = Executor(1)
+    job = executor.run_cpu(pass_through, gate.path)
+    there = asyncio.ensure_future(in_thread(new_loop, job))
+    pid = await gate.entered()
+    executor.kill()
+    with pytest.raises(ExecutorClosedError):
+        await there
+    await ended(pid)
+
+
+@both_loops
+async def test_killing_while_another_loop_is_busy(gate, new_loop):
+    """The worker there ends at once; the job is told so in the loop's next turn, and nothing else."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def keep_busy():
+        busy.set()
+        go_on.wait()
+
+    executor = Executor(1)
+    job = executor.options(retries=1).run_cpu(pass_through, gate.path)
+    there = asyncio.ensure_future(in_thread(new_loop, job))
+    pid = await gate.entered()
+    (pool,) = executor._pools
+    pool.loop.call_soon_threadsafe(keep_busy)
+    await asyncio.to_thread(busy.wait)
+    executor.kill()
+    await ended(pid)
+    go_on.set()
+    with pytest.raises(ExecutorClosedError):
+        await there
+
+
+@both_loops
+async def test_killing_coroutines_of_another_loop(gate, new_loop):
+    """Inline they are tasks of that loop, and are cancelled in its thread."""
+    executor = Executor(0)
+    job = executor.run_async(coroutine_jobs.through, gate.path)
+    there = asyncio.ensure_future(in_thread(new_loop, job))
+    await gate.entered()
+    executor.kill()
+    with pytest.raises(ExecutorClosedError):
+        await there
+
+
+@both_loops
+def test_killed_for_a_loop_that_is_closed_before_its_turn(new_loop):
+    """Nothing of the pool is left there, though the loop calls nobody any more."""
+    executor = Executor(1)
+    loop = new_loop()
+    pid = loop.run_until_complete(executor.run_cpu(jobs.pid))
+    (pool,) = executor._pools
+    asyncio.run(executor.aclose())
+    loop.close()
+    assert pool.alive == 0
+    asyncio.run(ended(pid))
 
 
 @both_loops
