@@ -411,6 +411,7 @@ class Executor:
         if pool is None or pool.loop is not loop:
             self._start_server()
             pool = self._pool = self._pool_of(loop)
+            self._require_open()  # still: who closes it in another thread may not know this pool
         return pool
 
     def _pool_of(self, loop: asyncio.AbstractEventLoop) -> Pool | InlinePool:

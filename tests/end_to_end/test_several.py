@@ -202,6 +202,23 @@ async def test_killing_an_executor_that_another_loop_uses(gate, new_loop):
     await ended(pid)
 
 
+@pytest.mark.parametrize("max_workers", [0, 1])
+async def test_killed_elsewhere_before_there_is_a_pool(monkeypatch, max_workers):
+    """The first call of a loop, which has found the executor open, starts no worker after that."""
+
+    def pool_of(loop, new):
+        thread = threading.Thread(target=executor.kill)
+        thread.start()
+        thread.join()
+        return of(loop, new)
+
+    executor = Executor(max_workers)
+    of = executor._pools.of
+    monkeypatch.setattr(executor._pools, "of", pool_of)
+    with pytest.raises(ExecutorClosedError):
+        await executor.run_cpu(pytest.fail)
+
+
 @both_loops
 async def test_killing_while_another_loop_is_busy(gate, new_loop):
     """The worker there ends at once; the job is told so in the loop's next turn, and nothing else."""
