@@ -37,7 +37,7 @@ class Source:
 
     Attributes:
         read: how many items have been read.
-        exhausted: whether there are no more.
+        exhausted: whether there are no more, or nobody wants them.
         is_async: whether one of the iterables is, so that items are awaited, by :meth:`next`;
             else they are there, in :meth:`items`.
         next: gives an awaitable of the next item; raises StopAsyncIteration after the last.
@@ -99,7 +99,8 @@ class Source:
         return items
 
     async def _next_row(self) -> tuple[Any, ...]:
-        return tuple([await next_() for next_ in self._nexts])
+        # Nobody may want the rest of a row any more: one that was awaited may have kept a cancel.
+        return tuple([await next_() for next_ in self._nexts if not self.exhausted])
 
     def _sliced(self, most: int) -> list[Any]:
         items: list[Any] = []

@@ -221,7 +221,7 @@ class _Engine:
     async def _start_all(self) -> None:
         source, lengths = self._source, self._lengths
         turn = perf_counter()
-        while self._failure is None:
+        while self._failure is None and not self.ended:  # a source may keep the cancel to itself
             if perf_counter() - turn > TURN:
                 self._flush()
                 await asyncio.sleep(0)
@@ -257,6 +257,8 @@ class _Engine:
             except StopAsyncIteration:
                 source.exhausted = True
                 break
+            if self.ended:
+                return
             source.read += 1
             self._collected.append(item)  # there meanwhile may be another list
             del item  # the next one may wait for the memory of this one
@@ -438,7 +440,7 @@ class _Engine:
     def _end(self) -> None:
         if self.ended:
             return  # cancelled once is enough: the source may await in its finally block
-        self.ended = True
+        self.ended = self._source.exhausted = True
         self._collected = []
         self._wake()
         for future in self._pending():

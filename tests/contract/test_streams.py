@@ -1,8 +1,10 @@
 """Streams: order, read-ahead, errors and ends, over futures that the test settles itself."""
 
 import asyncio
+import contextlib
 import gc
 import itertools
+import weakref
 from random import Random
 
 import pytest
@@ -356,6 +358,58 @@ async def test_a_source_may_await_in_its_cleanup():
         await task
     await idle()
     assert events == ["begin", "end"]
+
+
+async def test_a_source_that_keeps_the_cancel_to_itself():
+    """Then it is read no further, nothing is started of what it gives, and the close returns."""
+
+    class Item:
+        pass
+
+    items = []
+
+    async def source():
+        yield 1
+        with contextlib.suppress(asyncio.CancelledError):  # as wait_for() does before Python 3.12
+            await asyncio.get_running_loop().create_future()
+        while True:
+            item = Item()
+            items.append(weakref.ref(item))
+            yield item
+            del item
+
+    work = Work()
+    stream = work.stream(source(), size=1, limit=2)
+    first = asyncio.ensure_future(anext(stream))
+    await work.finish(1)
+    await first
+    await idle()
+    closing = asyncio.ensure_future(stream.aclose())
+    await idle()
+    assert closing.done()
+    assert list(work.futures) == [(1,)]
+    assert [item() for item in items] == [None], "one was read, and nobody has it"
+
+
+async def test_one_of_several_sources_that_keeps_the_cancel_to_itself():
+    """Those beside it are not awaited any more."""
+
+    async def keeps_it():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+        yield 1
+
+    async def never():
+        await asyncio.get_running_loop().create_future()
+        yield 2
+
+    work = Work()
+    task = asyncio.ensure_future(work.stream(keeps_it(), never()).list())
+    await idle()
+    task.cancel()
+    await idle()
+    assert task.cancelled()
+    assert work.futures == {}
 
 
 async def test_an_item_that_cannot_be_started():
