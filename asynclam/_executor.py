@@ -357,9 +357,10 @@ class Executor:
         )
         if not self._terms.cancel_grace:
             return job.future
-        task = pool.loop.create_task(_outcome_of(pool, job))
+        outcome = _Outcome(pool, job)
+        task = pool.loop.create_task(_see_to(pool, job))
         task.add_done_callback(lambda _: job.future.cancel())  # if it has not even begun
-        return task
+        return outcome
 
     # Needs no worker; here so that one object has it all.
     if TYPE_CHECKING:
@@ -644,15 +645,57 @@ def _is_given_up(job: Job) -> bool:
     return job.future.cancel() or job.future.cancelled()
 
 
-async def _outcome_of(pool: Pool | InlinePool, job: Job) -> Any:
-    """The outcome of a job; cancelled, it ends when the job has."""
+class _Outcome(asyncio.Future[Any]):
+    """The outcome of a job; cancelled, it is done when the job has ended. A second cancel ends it.
+
+    No task: one that is cancelled before it has begun would wait for nothing.
+    """
+
+    def __init__(self, pool: Pool | InlinePool, job: Job) -> None:
+        super().__init__(loop=pool.loop)
+        self._pool = pool
+        self._job = job
+        self._is_given_up = False
+        job.future.add_done_callback(self._take)  # after _chunk_done, which cancels the job
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self._is_given_up:
+            self._pool.hurry(self._job)
+            return super().cancel(msg)
+        self._is_given_up = True
+        self._job.future.cancel(msg)  # _see_to may have done so
+        return self._job.future.cancelled() or super().cancel(msg)
+
+    def _take(self, future: asyncio.Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()  # seen: nothing is logged of it
+        if self.done():
+            self._pool.hurry(self._job)  # cancelled twice before the job was
+        elif future.cancelled():
+            grace = self._job.grace
+            if grace is None:
+                self._end()
+            else:
+                grace.ended.add_done_callback(self._end)
+        elif error is None:
+            self.set_result(future.result())
+        else:
+            self.set_exception(error)
+
+    def _end(self, _: object = None) -> None:
+        super().cancel()
+
+
+async def _see_to(pool: Pool | InlinePool, job: Job) -> None:
+    """Whoever cancels all tasks, as ``asyncio.run()`` at its end, cancels and awaits the job, too."""
     try:
-        return await job.future
+        await job.future
     except asyncio.CancelledError:
         # _chunk_done has cancelled the job: its callback is older than this task's.
         if job.grace is not None:
             await _end_of(pool, job)
         raise
+    except Exception:
+        pass  # _Outcome has it
 
 
 async def _end_of(pool: Pool | InlinePool, job: Job) -> None:

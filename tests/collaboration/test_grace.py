@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from asynclam import _grace, _memory, _wire
+from asynclam import _executor, _grace, _memory, _wire
 from asynclam._job import Terms
 from tests.parts.actors import result_body
 from tests.parts.stage import idle
@@ -119,6 +119,36 @@ async def test_a_second_cancel_before_it_is_told(stage):
     assert await stage.server.killed() == worker.number
     stage.server.exited(worker)
     await job.grace.ended
+
+
+async def test_a_chunk_that_is_cancelled_twice_in_one_turn(stage):
+    """That is a second cancel, though the pool has not heard of the first: nobody waits."""
+    job, worker, frame = await stage.busy("value", PATIENT)
+    worker.begin(frame.number)
+    job.future.add_done_callback(lambda _: stage.pool.cancel(job))
+    outcome = _executor._Outcome(stage.pool, job)
+    assert outcome.cancel()
+    assert not outcome.done()
+    assert outcome.cancel()
+    assert outcome.cancelled()
+    assert await stage.server.killed() == worker.number
+    stage.server.exited(worker)
+    await job.grace.ended
+
+
+@pytest.mark.parametrize("result", ["value", ValueError("value")], ids=["result", "error"])
+async def test_a_chunk_that_is_cancelled_when_it_has_ended(stage, result):
+    """There is nothing to wait for, nor to log: its outcome is nobody's."""
+    job, worker, frame = await stage.busy("value", PATIENT)
+    outcome = _executor._Outcome(stage.pool, job)
+    worker.reply(frame, "value")
+    if isinstance(result, Exception):
+        job.fail(result)
+    while not job.future.done():
+        await asyncio.sleep(0)
+    assert outcome.cancel()
+    assert outcome.cancelled()
+    assert not outcome.cancel()
 
 
 async def test_its_result_comes_meanwhile(stage):

@@ -583,6 +583,57 @@ async def test_a_stream_that_is_cancelled_twice(executor, gate, trace):
     assert trace.read_text() == ""
 
 
+async def test_a_stream_that_is_left_as_a_chunk_is_sent(single, gate, trace):
+    """That chunk is waited for as any other, though the loop has not turned since it was sent."""
+    patient = single.options(cancel_grace=LONG)
+    stream = patient.map_cpu(
+        clean_up_from_the_second, range(3), [gate.path] * 3, [trace] * 3, chunksize=1, limit=1
+    )
+
+    async def leave():
+        async with stream:
+            assert await anext(stream) == 0  # which makes room for the next
+            await asyncio.sleep(0)
+            assert single.statistics().jobs_running == 1, "sent in this turn"
+            while gate.nobody_entered():
+                os.sched_yield()
+
+    leaving = asyncio.ensure_future(leave())
+    await gate.entered()  # it cleans up
+    assert not leaving.done()
+    gate.open()
+    await leaving
+    assert trace.read_text() == "finally "
+
+
+def clean_up_from_the_second(number, gate, trace):
+    if number:
+        clean_up_slowly(gate, trace)
+    return number
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_a_stream_whose_loop_ends(executor, gate, trace, is_read):
+    """Whoever cancels all tasks, as ``asyncio.run()`` does, waits for chunks, and cancels them once."""
+    patient = executor.options(cancel_grace=LONG)
+    stream = patient.map_cpu(
+        clean_up_from_the_second, range(3), [gate.path] * 3, [trace] * 3, chunksize=1
+    )
+    assert await anext(stream) == 0
+    reader = asyncio.ensure_future(anext(stream)) if is_read else None
+    for _ in range(2):
+        await gate.entered()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in sorted(tasks, key=lambda task: task is reader):
+        task.cancel()
+    for _ in range(2):
+        await gate.entered()
+    gate.open(2)
+    await asyncio.wait(tasks)
+    assert trace.read_text() == "finally finally "
+    await stream.aclose()
+
+
 async def test_a_stream_of_results(executor):
     """Streams give the same results on these terms."""
     patient = executor.options(cancel_grace=LONG)
