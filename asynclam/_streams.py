@@ -89,7 +89,13 @@ class Stream(Generic[T]):
         left = len(results)
         # Per item no more than this: neither a call nor the clock.
         if left <= self._engine.room_at or not left % _GLANCE:  # type: ignore[union-attr]
-            await self._engine.taken()  # type: ignore[union-attr]
+            try:
+                await self._engine.taken()  # type: ignore[union-attr]
+            except asyncio.CancelledError:
+                if not self._closed:
+                    results.appendleft(result)  # nobody has it
+                await self._engine.close()  # type: ignore[union-attr]
+                raise
         return result
 
     async def _refill(self) -> None:

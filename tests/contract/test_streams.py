@@ -7,6 +7,7 @@ import itertools
 import weakref
 from random import Random
 
+import anyio
 import pytest
 
 from asynclam import JobExitError, PayloadError, _streams, map_io
@@ -410,6 +411,80 @@ async def test_one_of_several_sources_that_keeps_the_cancel_to_itself():
     await idle()
     assert task.cancelled()
     assert work.futures == {}
+
+
+@pytest.fixture
+def long_turns(monkeypatch):
+    """Whenever somebody looks at the clock, others are due."""
+    seconds = itertools.count()
+    monkeypatch.setattr(_streams, "perf_counter", lambda: float(next(seconds)))
+
+
+async def taken_before_others_are_let_run(stream, work):
+    """The first results of a chunk of 20: the next one is taken just before others have a turn."""
+    first = asyncio.ensure_future(anext(stream))
+    await work.finish(*range(1, 21))
+    return [await first, await anext(stream), await anext(stream)]
+
+
+def results(first, last):
+    return [f"r{number}" for number in range(first, last + 1)]
+
+
+@pytest.mark.parametrize("how", ["task", "scope"])
+async def test_a_cancel_as_others_are_let_run(long_turns, how):
+    """It cancels the rest as any other does; what has come by then still comes, and once."""
+    work, source = Work(), Source(40)
+    stream = work.stream(source, size=20, limit=40)
+    assert await taken_before_others_are_let_run(stream, work) == results(1, 3)
+    under_way = await work.started(*range(21, 41))
+    scope = anyio.CancelScope()
+
+    async def read():
+        with scope:
+            return await anext(stream)
+        raise asyncio.CancelledError
+
+    task = asyncio.ensure_future(read())
+    await asyncio.sleep(0)
+    (task if how == "task" else scope).cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert under_way.cancelled()
+    assert source.closed
+    assert [result async for result in stream] == results(4, 20)
+
+
+async def test_closing_as_others_are_let_run(long_turns):
+    """A stream that was closed gives nothing, nor what its reader has been cancelled with."""
+    work = Work()
+    stream = work.stream(range(1, 41), size=20, limit=40)
+    await taken_before_others_are_let_run(stream, work)
+    task = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    task.cancel()
+    await stream.aclose()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [result async for result in stream] == []
+
+
+@pytest.mark.parametrize("turns", range(1, 6))
+@pytest.mark.parametrize("bounded", [False, True])
+async def test_no_result_is_lost_to_a_cancel(long_turns, bounded, turns):
+    """Whenever it comes, and whatever becomes of it: each result comes once, in order."""
+    work = Work()
+    stream = work.stream(range(1, 21), size=20, limit=20)
+    taken = await taken_before_others_are_let_run(stream, work)
+    reading = anext(stream)
+    task = asyncio.ensure_future(asyncio.wait_for(reading, 3600) if bounded else reading)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        taken.append(task.result())
+    assert taken + [result async for result in stream] == results(1, 20)
 
 
 async def test_an_item_that_cannot_be_started():
