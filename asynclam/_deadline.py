@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from ._executor import Executor
 
 _SLACK = 0.005  # seconds that a timer may be early by the other clock
+_LEAST = 0.01  # seconds to clean up, when there is no time
+
+
+def half_of(left: float, most: float) -> float:
+    """How long the next step of an end may take: half of the seconds that are left, if not less.
+
+    So however many steps there are, the outcome is there in time.
+    """
+    return min(most, max(_LEAST, left / 2))
 
 
 class Deadline:
@@ -78,8 +87,10 @@ class Deadline:
         self._task.cancel()
         if not self._stops:
             return
-        # Half of the margin is for the handler to end, half for what it has left.
-        self._timer = self._loop.call_later(self._margin / 2, self._loop.stop)
+        # Half of the margin is for the handler to end, half for what it has left. If the loop was
+        # held up, less of it is left.
+        seconds = half_of(self._invocation.left(), self._margin / 2)
+        self._timer = self._loop.call_later(seconds, self._loop.stop)
 
     def end(self) -> None:
         """There is nothing left to be cancelled."""

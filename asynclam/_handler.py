@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from . import _call, _context, _server
-from ._deadline import Deadline
+from ._deadline import Deadline, half_of
 from ._default import default_executor, set_default_executor
 from ._errors import JobExitError
 from ._executor import Executor
@@ -39,8 +39,7 @@ AsyncHandler = Callable[[Event, Context], Coroutine[Any, Any, Result]]
 Outcome = tuple[Any, BaseException | None]  # of a handler: its result, or what it has raised
 
 _UNLIMITED = float("inf")
-_MOST_CLEANING = 1.0  # seconds that what an invocation has left has to end
-_LEAST_CLEANING = 0.02  # the same, when there is no time
+_MOST_CLEANING = 1.0  # seconds that what an invocation has left has to end; then, its loop
 _WOULD = "end the Lambda runtime"
 _RUNTIME = "AWS_LAMBDA_RUNTIME_API"  # the variable that says where it is
 # What suspends a durable function is no Exception; the decorator above, which has called, waits for it.
@@ -235,21 +234,20 @@ class Handler(Generic[Event, Context, Result]):
         """Cancels what the invocation has left; what does not end takes the loop with it."""
         if not sandbox.left():
             return
-        seconds = max(_LEAST_CLEANING, min(_MOST_CLEANING, invocation.left() / 2))
+        seconds = half_of(invocation.left(), _MOST_CLEANING)
         try:
             stubborn = sandbox.cancel_left(seconds)
         except BaseException as error:  # one of them has raised SystemExit
             if _is_ctrl_c(error):
                 raise
-            self._retire(sandbox, seconds, f"one raised {error!r}")
+            self._retire(sandbox, invocation, f"one raised {error!r}")
             return
         if stubborn:
             names = ", ".join(sorted(task.get_name() for task in stubborn))
-            self._retire(
-                sandbox, seconds, f"{len(stubborn)} did not end in {seconds:.2g} s: {names}"
-            )
+            reason = f"{len(stubborn)} did not end in {seconds:.2g} s: {names}"
+            self._retire(sandbox, invocation, reason)
 
-    def _retire(self, sandbox: Sandbox, seconds: float, reason: str) -> None:
+    def _retire(self, sandbox: Sandbox, invocation: _context.Invocation, reason: str) -> None:
         import logging
 
         logger = logging.getLogger("asynclam")
@@ -262,7 +260,7 @@ class Handler(Generic[Event, Context, Result]):
         )
         self._forget()
         try:
-            sandbox.retire(seconds)
+            sandbox.retire(half_of(invocation.left(), _MOST_CLEANING))
         except BaseException as error:
             if _is_ctrl_c(error):
                 raise

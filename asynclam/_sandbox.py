@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from time import monotonic
 from typing import Any
 
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
@@ -40,6 +41,7 @@ class Sandbox:
         self.loop = new_event_loop()
         self._resources = Resources(lifespan or _no_lifespan)
         self._before: set[Task] = set()
+        self._stubborn: set[Task] = set()  # they were cancelled, and have not ended in time
         try:
             self.loop.run_until_complete(self._resources.enter())
         except BaseException:
@@ -82,8 +84,9 @@ class Sandbox:
         """Cancels what the invocation has left; those tasks that have not ended in time."""
         left = self.left()
         if left:
-            self.loop.run_until_complete(_cancel(left, seconds))
-        return {task for task in left if not task.done()}
+            self.loop.run_until_complete(_cancel(left, left, seconds))
+        self._stubborn = {task for task in left if not task.done()}
+        return self._stubborn
 
     def close(self) -> None:
         """Leaves the lifespan, cancels what still runs, and closes the loop.
@@ -97,15 +100,18 @@ class Sandbox:
             _close_loop(self.loop)
 
     def retire(self, seconds: float) -> None:
-        """The same, in so many seconds: what has not ended then is abandoned.
+        """The same, all of it in so many seconds: what has not ended then is abandoned.
+
+        Tasks that :meth:`cancel_left` has waited for in vain are not waited for again.
 
         Raises:
             BaseException: what the lifespan raises.
         """
+        until = monotonic() + seconds
         try:
             self.loop.run_until_complete(self._resources.leave(seconds))
         finally:
-            _close_loop(self.loop, seconds)
+            _close_loop(self.loop, until, self._stubborn)
 
 
 class Resources:
@@ -154,10 +160,20 @@ async def _no_lifespan() -> AsyncIterator[None]:
     yield None
 
 
-def _close_loop(loop: asyncio.AbstractEventLoop, seconds: float | None = None) -> None:
-    """Cancels what still runs on the loop, as ``asyncio.run()`` does, and closes it."""
+def _close_loop(
+    loop: asyncio.AbstractEventLoop,
+    until: float | None = None,
+    stubborn: Iterable[Task] = (),
+) -> None:
+    """Cancels what still runs on the loop, as ``asyncio.run()`` does, and closes it.
+
+    Args:
+        loop: does not run.
+        until: when to wait no longer, by the monotonic clock.
+        stubborn: the tasks that are not waited for.
+    """
     try:
-        loop.run_until_complete(_end_all(loop, seconds))
+        loop.run_until_complete(_end_all(loop, until, stubborn))
     finally:
         for task in asyncio.all_tasks(loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -165,19 +181,25 @@ def _close_loop(loop: asyncio.AbstractEventLoop, seconds: float | None = None) -
         loop.close()
 
 
-async def _end_all(loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
-    await _cancel(asyncio.all_tasks(loop) - {asyncio.current_task()}, seconds)
+async def _end_all(
+    loop: asyncio.AbstractEventLoop, until: float | None, stubborn: Iterable[Task]
+) -> None:
+    tasks = asyncio.all_tasks(loop) - {asyncio.current_task()}
+    await _cancel(tasks, tasks.difference(stubborn), _left(until))
     generators = asyncio.ensure_future(loop.shutdown_asyncgens())
-    await asyncio.wait({generators}, timeout=seconds)
+    await asyncio.wait({generators}, timeout=_left(until))
 
 
-async def _cancel(tasks: Iterable[Task], seconds: float | None) -> None:
-    """Cancels tasks, and waits until they have ended, or so many seconds."""
-    tasks = set(tasks)
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - monotonic())
+
+
+async def _cancel(tasks: set[Task], awaited: set[Task], seconds: float | None) -> None:
+    """Cancels tasks, and waits until some of them have ended, or so many seconds."""
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=seconds)
+    if awaited:
+        await asyncio.wait(awaited, timeout=seconds)
     for task in tasks:
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             context = {"message": "a task failed while it was cancelled", "task": task}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import anyio
@@ -26,6 +27,8 @@ from asynclam import (
     _context,
     _deadline,
     _default,
+    _handler,
+    _loops,
     _sandbox,
     lambda_handler,
     map_cpu,
@@ -197,11 +200,8 @@ def test_a_handler_that_does_not_end(handlers, caplog):
     lifespan = Counted()
 
     async def handler(event, context):
-        while event is None:
-            try:
-                await asyncio.get_running_loop().create_future()
-            except asyncio.CancelledError:
-                continue
+        if event is None:
+            await never_ends()
         return state()
 
     handler = handlers(handler, lifespan=lifespan, margin=0.02)
@@ -210,6 +210,84 @@ def test_a_handler_that_does_not_end(handlers, caplog):
     assert "did not end" in caplog.text
     assert handler("next", None) == 2
     assert lifespan.entered == 2
+
+
+class Patient(asyncio.SelectorEventLoop):
+    """A loop whose clock passes only while it waits, and then at once."""
+
+    def __init__(self):
+        self.now = 1000.0
+        super().__init__()
+        self._select, self._selector.select = self._selector.select, self._wait
+
+    def time(self):
+        return self.now
+
+    def _wait(self, seconds):
+        ready = self._select(0)
+        if not ready:
+            assert seconds is not None, "nobody would ever wake it"
+            self.now += seconds
+        return ready
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """The loop of the sandbox that is made next, by whose clock all go, and all that its users see."""
+    loop = Patient()
+    monkeypatch.setattr(_loops, "_new_event_loop", lambda: loop)
+    monkeypatch.setattr(_context, "time", loop.time)
+    monkeypatch.setattr(_handler, "time", types.SimpleNamespace(time=loop.time))
+    monkeypatch.setattr(_sandbox, "monotonic", loop.time)
+    return loop
+
+
+async def never_ends():
+    while True:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            continue
+
+
+@asynccontextmanager
+async def never_left():
+    """A lifespan that takes whatever time it is given, and more."""
+    task = asyncio.create_task(never_ends())
+    yield
+    await task
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5, 3.0])
+@pytest.mark.parametrize("lifespan", [None, never_left])
+@pytest.mark.parametrize("how", ["a result", "no end", "no end, and late"])
+def test_all_is_over_before_the_deadline(handlers, patient, how, lifespan, margin):
+    """Whatever does not end, the outcome is there before the runtime would have killed it."""
+
+    class Context:
+        deadline = patient.now + 2 * margin
+
+        def get_remaining_time_in_millis(self):
+            return (self.deadline - patient.now) * 1000
+
+    async def handler(event, context):
+        handler.task = asyncio.create_task(never_ends())
+        await asyncio.sleep(0)
+        if how == "a result":
+            patient.now += margin  # it takes that long
+            return "result"
+        if how == "no end, and late":
+            patient.now += 1.5 * margin  # in code that blocks the loop
+        return await never_ends()
+
+    made = handlers(handler, lifespan=lifespan, executor=Executor(0), margin=margin)
+    if how == "a result":
+        assert made(None, Context()) == "result"
+    else:
+        with pytest.raises(DeadlineExceededError):
+            made(None, Context())
+    assert patient.is_closed()
+    assert patient.now < Context.deadline
 
 
 def test_a_timer_that_is_early(handlers, monkeypatch):
@@ -329,16 +407,9 @@ def test_a_task_that_does_not_end(handlers, caplog):
     """It takes the loop with it, which is said; the lifespan is left and entered anew."""
     lifespan = Counted()
 
-    async def stubborn():
-        while True:
-            try:
-                await asyncio.get_running_loop().create_future()
-            except asyncio.CancelledError:
-                continue
-
     async def handler(event, context):
         if event is not None:
-            handler.task = asyncio.create_task(stubborn(), name="stubborn one")
+            handler.task = asyncio.create_task(never_ends(), name="stubborn one")
             await asyncio.sleep(0)
         return id(asyncio.get_running_loop()), state()
 
@@ -861,6 +932,55 @@ def test_a_lifespan_that_does_not_end_in_time():
     sandbox.retire(0.001)
     assert ends == ["cancelled"]
     assert sandbox.loop.is_closed()
+
+
+def test_one_deadline_for_all_steps(patient):
+    """A lifespan, its tasks and generators, of which none ends, have together what one of them has."""
+    generators = []
+
+    async def endless():
+        try:
+            yield
+        finally:
+            await never_ends()
+
+    @asynccontextmanager
+    async def lifespan():
+        generators.append(endless())
+        await anext(generators[0])
+        async with never_left():
+            yield
+
+    sandbox = _sandbox.Sandbox(lifespan)
+    before = patient.now
+    sandbox.retire(10.0)
+    assert patient.now == pytest.approx(before + 10.0)
+    assert patient.is_closed()
+
+
+def test_a_task_that_is_known_not_to_end(patient):
+    """It is cancelled once more, and not waited for once more."""
+    cancels = []
+
+    async def stays():
+        while True:
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                cancels.append(patient.now)
+
+    async def handler():
+        tasks.append(asyncio.create_task(stays()))
+        await asyncio.sleep(0)
+
+    tasks = []
+    sandbox = _sandbox.Sandbox(None)
+    before = patient.now
+    sandbox.run(sandbox.begin(handler()))
+    assert sandbox.cancel_left(2.0) == set(tasks)
+    sandbox.retire(10.0)
+    assert cancels == [before, before + 2.0]
+    assert patient.now == before + 2.0
 
 
 def test_without_uvloop(monkeypatch):
