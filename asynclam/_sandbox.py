@@ -7,18 +7,27 @@ end: else it would go on in the next invocation, with connections that are dead 
 id of another. One that does not end takes the loop with it: the lifespan is left, the loop is closed,
 and the next invocation begins with new ones. Nothing here waits longer than it is told to, but
 :meth:`Sandbox.close`, which waits for the lifespan.
+
+The tasks of the lifespan begin others while an invocation runs. They are known by a context variable,
+which a task has from what has begun it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
 from time import monotonic
 from typing import Any
+from weakref import WeakSet
 
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 Task = asyncio.Task[Any]
+
+# The tasks of the lifespan whose code runs here; in that of an invocation it is not set.
+_tasks: ContextVar[WeakSet[Task] | None] = ContextVar("asynclam.tasks", default=None)
 
 # Tasks that would not end, and whose loop is closed. If they were finalised, their code would run
 # once more, without a loop, to swallow one exception more.
@@ -77,8 +86,12 @@ class Sandbox:
             # stopped, because the task has had its time
 
     def left(self) -> set[Task]:
-        """The tasks that the invocation has begun, and that have not ended."""
-        return asyncio.all_tasks(self.loop) - self._before
+        """The tasks that the invocation has begun, and that have not ended.
+
+        One of which nothing says whose it is counts, too: begun in a thread that has no context.
+        """
+        begun = asyncio.all_tasks(self.loop) - self._before
+        return {task for task in begun if not self._resources.has(task)}
 
     def cancel_left(self, seconds: float) -> set[Task]:
         """Cancels what the invocation has left; those tasks that have not ended in time."""
@@ -120,6 +133,7 @@ class Resources:
     def __init__(self, lifespan: Lifespan) -> None:
         self._lifespan = lifespan
         self.state: Any = None
+        self._tasks: WeakSet[Task] = WeakSet()  # from Python 3.12 on it is a mark, and empty
         self._task: asyncio.Task[None]
         self._entered: asyncio.Future[None]
         self._leave: asyncio.Event
@@ -131,7 +145,9 @@ class Resources:
             BaseException: what it raises.
         """
         self._leave = asyncio.Event()
-        self._entered = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        _note_tasks(loop)
+        self._entered = loop.create_future()
         self._task = asyncio.create_task(self._live())
         await asyncio.wait({self._task, self._entered}, return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
@@ -142,7 +158,14 @@ class Resources:
         """Whether it has ended by itself."""
         return self._task.done()
 
+    def has(self, task: Task) -> bool:
+        """Whether a task was begun by the lifespan, or by one of its tasks."""
+        if sys.version_info >= (3, 12):  # pragma: no cover - a later Python
+            return task.get_context().get(_tasks) is self._tasks
+        return task in self._tasks
+
     async def _live(self) -> None:
+        _tasks.set(self._tasks)
         async with self._lifespan() as self.state:
             self._entered.set_result(None)
             await self._leave.wait()
@@ -153,6 +176,26 @@ class Resources:
         await asyncio.wait({self._task}, timeout=seconds)
         if self._task.done():
             await self._task
+
+
+def _note_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Has the tasks of lifespans noted when they are begun: until Python 3.11 none tells its context.
+
+    Not by a task factory: users set their own.
+    """
+    if sys.version_info >= (3, 12):  # pragma: no cover - a later Python
+        return
+    create_task = loop.create_task
+
+    def create_and_note(coroutine: Coroutine[Any, Any, Any], **options: Any) -> Task:
+        task = create_task(coroutine, **options)
+        context = options.get("context")
+        tasks = _tasks.get() if context is None else context.get(_tasks)
+        if tasks is not None:
+            tasks.add(task)
+        return task
+
+    loop.create_task = create_and_note  # type: ignore[method-assign, assignment]
 
 
 @asynccontextmanager

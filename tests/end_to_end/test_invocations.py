@@ -1,6 +1,7 @@
 """One invocation after another: deadlines, what is left behind, exits, signals, decorators."""
 
 import asyncio
+import contextvars
 import functools
 import json
 import logging
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import anyio
 import aws_xray_sdk.core
 import pytest
+import uvloop
 from aws_lambda_powertools import Logger, Metrics, Tracer
 from aws_lambda_powertools.middleware_factory import lambda_handler_decorator
 
@@ -48,6 +50,12 @@ aws_xray_sdk.core.xray_recorder.emitter._socket.close()  # which it opens when i
 def in_lambda(monkeypatch):
     """Where nobody presses Ctrl-C."""
     monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", "nobody")
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def loops(request, monkeypatch):
+    """Sandboxes have both kinds of loops."""
+    monkeypatch.setattr(_loops, "_new_event_loop", request.param)
 
 
 @pytest.fixture
@@ -401,6 +409,111 @@ def test_a_task_of_the_lifespan(handlers):
     handler = handlers(handler, lifespan=lifespan)
     for _ in range(3):
         handler(None, None)
+
+
+async def in_gather(coroutine):
+    await asyncio.gather(coroutine)
+
+
+async def in_wait_for(coroutine):
+    await asyncio.wait_for(coroutine, 3600)
+
+
+async def in_a_group(coroutine):
+    async def wait():
+        await coroutine
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+
+
+async def in_a_context(coroutine):
+    context = contextvars.copy_context()
+    await asyncio.get_running_loop().create_task(coroutine, context=context)
+
+
+async def at_once(coroutine):
+    """As aiohttp makes tasks, past the loop."""
+    await asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+
+
+def users_factory(loop, coroutine, **options):
+    return asyncio.Task(coroutine, loop=loop, **options)
+
+
+WAYS = [in_gather, in_wait_for, in_a_group]
+if sys.version_info >= (3, 11):
+    WAYS.append(in_a_context)
+if sys.version_info >= (3, 12):
+    WAYS.append(at_once)
+
+
+@pytest.mark.parametrize("factory", [None, users_factory])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_task_of_the_lifespan_begins(handlers, loops, way, factory):
+    """It is the lifespan's, too, whenever it is begun, and lives on."""
+    begun, rounds = [], []
+
+    async def wait_for(event):
+        begun.append(event)
+        await event.wait()
+
+    async def work():
+        while True:
+            await way(wait_for(asyncio.Event()))
+            rounds.append(1)
+
+    @asynccontextmanager
+    async def lifespan():
+        asyncio.get_running_loop().set_task_factory(factory)
+        task = asyncio.create_task(work())
+        while not begun:
+            await asyncio.sleep(0)
+        yield task
+        task.cancel()
+
+    async def handler(event, context):
+        count = len(begun)
+        begun[-1].set()
+        while len(begun) == count:
+            await asyncio.sleep(0)
+        left = asyncio.create_task(asyncio.Event().wait())
+        await asyncio.sleep(0)
+        return state(), left
+
+    handler = handlers(handler, lifespan=lifespan, executor=Executor(0))
+    for _ in range(3):
+        task, left = handler(None, None)
+        assert left.cancelled()
+        assert not task.done()
+    assert len(rounds) == 3
+
+
+@pytest.mark.parametrize("where", ["a thread", "a context"])
+def test_a_task_with_an_empty_context(handlers, loops, where):
+    """That does not say whose it is: it was begun while the invocation ran, and ends with it."""
+    ends = []
+
+    async def forever(begun):
+        begun.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ends.append("cancelled")
+
+    async def handler(event, context):
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+        if where == "a thread":
+            submit = asyncio.run_coroutine_threadsafe
+            thread = threading.Thread(target=submit, args=(forever(begun), loop))
+            thread.start()
+            thread.join()
+        else:
+            handler.task = contextvars.Context().run(loop.create_task, forever(begun))
+        await begun.wait()
+
+    handlers(handler, lifespan=Counted(), executor=Executor(0))(None, None)
+    assert ends == ["cancelled"]
 
 
 def test_a_task_that_does_not_end(handlers, caplog):
