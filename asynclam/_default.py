@@ -17,6 +17,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _executor: Executor | None = None
+_instead: Executor | None = None  # while a test has jobs run inline, whatever is set meanwhile
 # Loops in several threads may ask at once. A child that is forked meanwhile must not find it locked.
 _making = Lock()
 os.register_at_fork(
@@ -27,7 +28,7 @@ os.register_at_fork(
 def default_executor() -> Executor:
     """The executor that the module-level functions use; made at the first call."""
     global _executor
-    if (executor := _executor) is None:
+    if (executor := _instead or _executor) is None:
         with _making:
             if (executor := _executor) is None:
                 executor = _executor = Executor()
@@ -47,6 +48,13 @@ def set_default_executor(executor: Executor | None) -> None:
         raise TypeError(f"set_default_executor() takes an Executor, got {type(executor).__name__}")
     global _executor
     _executor = executor
+
+
+def use_instead(executor: Executor | None) -> Executor | None:
+    """Makes ``executor`` the default one, whatever is set, until ``None`` is; which was it before."""
+    global _instead
+    before, _instead = _instead, executor
+    return before
 
 
 def prepare() -> None:
@@ -130,8 +138,8 @@ def map_cpu(
 
 
 def _forget_in_child() -> None:
-    global _executor
-    _executor = None  # it is the parent's; a forked process makes one of its own
+    global _executor, _instead
+    _executor = _instead = None  # it is the parent's; a forked process makes one of its own
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -120,7 +120,7 @@ class Handler(Generic[Event, Context, Result]):
         # Whose turn it is: an invocation's, or that of who leaves the lifespan, in whatever thread.
         self._turn = threading.RLock()
         self._is_terminated = False  # SIGTERM came while the loop was running
-        self._process = 0  # whose signals are handled
+        self._process = 0  # whose sandbox, and whose signals
         self._watch: Watch | None = None  # has SIGTERM heard while the main thread waits in C
         self._is_registered = False  # at the hooks of SnapStart
         # So that what functools.wraps() makes of it, a decorator above, can be started, too.
@@ -138,6 +138,7 @@ class Handler(Generic[Event, Context, Result]):
             RuntimeError: an event loop runs already in this thread.
         """
         self._refuse_running_loop()
+        self._forget_parents()
         with self._turn:
             return self.outermost(event, context)
 
@@ -279,6 +280,7 @@ class Handler(Generic[Event, Context, Result]):
         """
         if _server.role == "loop process":
             self._refuse_running_loop()
+            self._forget_parents()
             with self._turn:
                 self._started()
             if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
@@ -295,9 +297,9 @@ class Handler(Generic[Event, Context, Result]):
     def _started(self) -> Sandbox:
         if self._sandbox is not None:
             return self._sandbox
-        if self._executor is not None:
-            set_default_executor(self._executor)
+        self.set_executor()
         default_executor().prepare()
+        self._process = os.getpid()
         self._watch_termination()
         try:
             self._sandbox = Sandbox(self.lifespan)
@@ -312,8 +314,14 @@ class Handler(Generic[Event, Context, Result]):
             self._end_by_signal()
         return self._sandbox
 
+    def set_executor(self) -> None:
+        """Makes the executor that it was given, if any, the default one."""
+        if self._executor is not None:
+            set_default_executor(self._executor)
+
     def close(self) -> None:
         """Leaves the lifespan and closes the loop; the next invocation starts anew. Runs at exit."""
+        self._forget_parents()
         with self._turn:
             self._close()
 
@@ -322,6 +330,21 @@ class Handler(Generic[Event, Context, Result]):
         if sandbox is not None:
             self._forget()
             sandbox.close()
+
+    def _forget_parents(self) -> None:
+        """In a forked child: starts anew. To leave the lifespan, or close the loop, would end its parent's.
+
+        Connections and epoll instances are one for both.
+        """
+        if self._sandbox is None or self._process == os.getpid():
+            return
+        from ctypes import py_object, pythonapi
+
+        # For ever, as its loop would be closed when it is finalised, at the end at the latest.
+        pythonapi.Py_IncRef(py_object((self._sandbox, self._watch)))
+        self._sandbox = self._watch = None
+        self._turn = threading.RLock()  # a thread may have had it that is not here
+        self._forget()
 
     def _forget(self) -> None:
         self._sandbox = None
@@ -338,7 +361,6 @@ class Handler(Generic[Event, Context, Result]):
 
     def _watch_termination(self) -> None:
         if _is_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._process = os.getpid()
             signal.signal(signal.SIGTERM, self._on_termination)
             if _waits_in_c():
                 from ._termination import Watch  # after the fork server was forked: it is a thread
@@ -379,8 +401,8 @@ class Handler(Generic[Event, Context, Result]):
         if asyncio._get_running_loop() is not None:
             name = _call.name_of(self.__wrapped__).rpartition(".")[2]
             raise RuntimeError(
-                f"{name}(event, context) starts an event loop, and one is running here; "
-                f"write: await {name}.__wrapped__(event, context)"
+                f"{name} runs an event loop of its own, and one is running here; write: "
+                f"await asynclam.testing.invoke({name}, event, context), and {name}.start() where none is"
             )
 
 

@@ -144,15 +144,16 @@ def _text(body: object) -> str:
 def inline_jobs() -> Iterator[Executor]:
     """Jobs of the default executor run in this process, pickled all the same, until the block ends.
 
-    So debuggers stop in them, coverage sees them, and mocks of this process hold in them.
+    So debuggers stop in them, coverage sees them, and mocks of this process hold in them. It goes before
+    what ``set_default_executor()`` or the executor of a handler make the default one; that is it when the
+    block has ended.
     """
-    before = _default._executor
     executor = Executor(0)
-    _default.set_default_executor(executor)
+    before = _default.use_instead(executor)
     try:
         yield executor
     finally:
-        _default.set_default_executor(before)
+        _default.use_instead(before)
 
 
 _ENTER: Any = object()
@@ -167,8 +168,10 @@ async def invoke(
 ) -> Any:
     """Runs one invocation of a handler in the loop of the test, and returns its result.
 
-    With the deadline of the context, and errors as they would be reported. Decorators above
-    ``lambda_handler`` are left out, for they call a sync function.
+    With the deadline of the context, errors as they would be reported, and the handler's executor as the
+    default one from here on. Decorators above ``lambda_handler`` are left out, for they call a sync
+    function. Tasks that the handler has begun and not awaited go on, as the loop is the test's; Lambda's
+    are cancelled (call the handler itself to see that).
 
     Args:
         handler: what ``lambda_handler`` has made.
@@ -184,6 +187,7 @@ async def invoke(
     made = next((layer for layer in layers(handler) if isinstance(layer, Handler)), None)
     if made is None:
         raise TypeError(f"invoke() takes what @lambda_handler has made, not {handler!r}")
+    made.set_executor()
     context = LambdaContext() if context is None else context
     async with _resources(made, state) as current:
         loop, invocation = asyncio.get_running_loop(), invocation_of(context)

@@ -1,6 +1,7 @@
 """``lambda_handler``: a sync handler out of an async one, its loop, lifespan and workers."""
 
 import asyncio
+import ctypes
 import gc
 import os
 import subprocess
@@ -214,7 +215,7 @@ def test_state_outside_of_a_handler():
 async def test_inside_a_running_loop(handlers):
     """Called in a running loop, as in an async test, it says what to write instead."""
     handler = handlers(echo)
-    with pytest.raises(RuntimeError, match=r"await echo\.__wrapped__\(event, context\)"):
+    with pytest.raises(RuntimeError, match=r"await asynclam\.testing\.invoke\(echo, event, context\)"):
         handler(1, 2)
     assert await handler.__wrapped__(1, 2) == {"event": 1, "context": 2}
 
@@ -302,3 +303,72 @@ def test_closed_at_exit():
     )
     assert (done.stdout.split(), done.stderr) == (["enter", "1", "leave"], "")
     gc.collect()
+
+
+_FORKED = """
+import os, sys
+from contextlib import asynccontextmanager
+if sys.argv[1] == "asyncio":
+    sys.modules["uvloop"] = None
+from asynclam import lambda_handler, run_blocking, run_cpu
+
+def say(what):
+    print("parent" if os.getpid() == parent else "child", what, flush=True)
+
+@asynccontextmanager
+async def lifespan():
+    say("enters")
+    yield
+    say("leaves")
+
+@lambda_handler(lifespan=lifespan)
+async def handler(event, context):
+    assert await run_blocking(os.getpid) == os.getpid()
+    return await run_cpu(abs, event)
+
+parent = os.getpid()
+say(handler(-1, None))
+if os.fork() == 0:
+    if sys.argv[2] == "uses":
+        say(handler(-2, None))
+    sys.exit(0)
+assert os.wait()[1] == 0
+say(handler(-3, None))
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("child", ["ends", "uses"])
+def test_a_forked_child(loop, child):
+    """It has a sandbox of its own, if any: it neither leaves its parent's, nor touches its loop."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORKED, loop, child],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    uses = ["child enters", "child 2", "child leaves"] if child == "uses" else []
+    expected = ["parent enters", "parent 1", *uses, "parent 3", "parent leaves"]
+    assert (done.stdout.splitlines(), done.stderr) == (expected, "")
+
+
+def test_what_is_the_parents(handlers, monkeypatch):
+    """It is not closed, and kept: what a forked child does first with a handler forgets it."""
+    lifespan = Lifespan()
+    kept = []
+    monkeypatch.setattr(ctypes.pythonapi, "Py_IncRef", lambda what: kept.append(what.value))
+
+    async def echo(event, context):
+        return event
+
+    handler = handlers(echo, lifespan=lifespan)
+    assert handler(1, None) == 1
+    parents = handler._sandbox
+    handler._process = -1
+    handler.close()
+    assert lifespan.events == ["enter"]
+    assert kept[0][0] is parents
+    assert handler(2, None) == 2
+    assert lifespan.events == ["enter", "enter"]
+    parents.close()

@@ -8,6 +8,7 @@ import pytest
 
 from asynclam import (
     DeadlineExceededError,
+    Executor,
     JobExitError,
     _default,
     lambda_handler,
@@ -70,6 +71,43 @@ def test_as_lambda_calls_it():
             assert handler("event", LambdaContext())[0] == "event"
     finally:
         handler.close()
+
+
+def test_inline_jobs_go_before_the_executor_of_a_handler():
+    """Which is the default one afterwards, also if the handler was started within the block."""
+    executor = Executor(1)
+
+    @lambda_handler(executor=executor)
+    async def where(event, context):
+        return await run_cpu(jobs.pid)
+
+    try:
+        with inline_jobs():
+            assert where(None, LambdaContext()) == os.getpid()
+        assert _default.default_executor() is executor
+        assert where(None, LambdaContext()) != os.getpid()
+    finally:
+        where.close()
+
+
+async def test_the_executor_of_a_handler():
+    """A test runs jobs as Lambda does."""
+    executor = Executor(1)
+
+    @lambda_handler(executor=executor)
+    async def where(event, context):
+        return await run_cpu(jobs.pid)
+
+    assert await invoke(where) != os.getpid()
+    assert executor.statistics().jobs_completed == 1
+
+
+async def test_inline_jobs_in_inline_jobs():
+    """The inner block ends, and the outer one holds."""
+    with inline_jobs() as outer:
+        with inline_jobs() as inner:
+            assert _default.default_executor() is inner
+        assert _default.default_executor() is outer
 
 
 async def test_the_deadline_in_a_test():
