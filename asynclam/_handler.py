@@ -152,7 +152,7 @@ class Handler(Generic[Event, Context, Result]):
         self._task = sandbox.begin(coroutine)
         deadline = self.deadline(sandbox.loop, self._task, invocation, sandbox.left)
         try:
-            outcome = self._run(sandbox, self._task)
+            outcome = self._run(sandbox, self._task, deadline)
         finally:
             self._task = None
             if deadline is not None:
@@ -197,9 +197,14 @@ class Handler(Generic[Event, Context, Result]):
             stops=stops,
         )
 
-    def _run(self, sandbox: Sandbox, task: asyncio.Task[Outcome]) -> Outcome | None:
+    def _run(
+        self, sandbox: Sandbox, task: asyncio.Task[Outcome], deadline: Deadline | None
+    ) -> Outcome | None:
         try:
             sandbox.run(task)
+            if deadline is not None and deadline.error is not None:
+                deadline.end()
+                sandbox.settle()
         except BaseException as error:  # of another task, or it was cancelled before it began
             if _is_ctrl_c(error):
                 raise

@@ -84,6 +84,19 @@ class Sandbox:
             if task.done():
                 raise
             # stopped, because the task has had its time
+        except BaseException:
+            self.settle()
+            raise
+
+    def settle(self) -> None:
+        """Has the loop forget that it is to stop.
+
+        It was stopped in the turn in which the task has ended: its end, which is told in the next
+        one, would stop what runs then. uvloop needs a turn to hear of it, and another to stop.
+        """
+        for _ in range(2):
+            self.loop.stop()
+            self.loop.run_forever()
 
     def left(self) -> set[Task]:
         """The tasks that the invocation has begun, and that have not ended.

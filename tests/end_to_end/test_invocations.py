@@ -189,6 +189,21 @@ def test_a_result_in_spite_of_the_deadline(handlers):
     assert handler(None, NOW) is None
 
 
+def test_a_handler_that_ends_when_the_loop_is_stopped(handlers, loops):
+    """What else would have stopped the loop, its end, does not stop the next invocation."""
+
+    async def handler(event, context):
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().stop()  # as if its half of the margin was over now
+            return event
+
+    made = handlers(handler, executor=Executor(0))
+    for number in range(3):
+        assert made(number, NOW) == number
+
+
 def test_an_error_after_the_deadline(handlers):
     """What the handler raises because it was cancelled is the cause, not the report."""
 
@@ -640,6 +655,29 @@ def test_an_exit_of_another_task(handlers, in_lambda, error):
     with pytest.raises(JobExitError, match="end the Lambda runtime") as caught:
         made("exit", None)
     assert caught.value.original is error
+    assert made(None, None) == "next"
+    with pytest.raises(type(error)):
+        handler.task.result()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_an_exit_when_the_handler_has_ended(handlers, loops, in_lambda, error):
+    """That of another task, in the turn in which the loop hears of its end: the next one runs."""
+
+    async def exits():
+        raise error
+
+    async def handler(event, context):
+        if event is not None:
+            handler.task = asyncio.create_task(exits())
+            return None
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return "next"
+
+    made = handlers(handler, executor=Executor(0))
+    with pytest.raises(JobExitError):
+        made("exit", None)
     assert made(None, None) == "next"
     with pytest.raises(type(error)):
         handler.task.result()
