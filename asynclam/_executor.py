@@ -440,7 +440,7 @@ class Executor:
             self._initializer,
             self._pools.limit,
             in_main=self._in_main,
-            threads=max(1, _sizing.usable_cpus() // self._max_workers),
+            threads=_sizing.threads_for(self._max_workers),
             max_tasks=self._max_tasks,
             max_memory=self._max_memory,
         )

@@ -50,6 +50,18 @@ def workers_for(cpus: int, share: float | None = None, processes: int = 1) -> in
     return max(1, math.ceil(most / processes))
 
 
+def threads_for(workers: int) -> int:
+    """How many threads suit each of some workers of this process, at least 1.
+
+    Args:
+        workers: how many there may be.
+    """
+    cpus = usable_cpus()
+    if workers < cpus:  # else the share, which may be files to read, changes nothing
+        cpus = workers_for(cpus, cpu_share(), processes())
+    return max(1, cpus // workers)
+
+
 def override() -> int | None:
     """What ``ASYNCLAM_MAX_WORKERS`` says; ``None`` where it says nothing.
 

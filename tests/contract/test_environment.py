@@ -86,6 +86,26 @@ def test_a_quota_elsewhere(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("cpus", "share", "processes", "workers", "threads"),
+    [
+        (8, None, 1, 1, 8),
+        (8, None, 1, 3, 2),
+        (8, None, 1, 16, 1),
+        (64, 2.0, 1, 2, 1),
+        (64, 2.0, 1, 1, 2),
+        (2, 0.3, 1, 1, 1),
+        (64, 32.0, 16, 1, 2),
+    ],
+)
+def test_threads_for(monkeypatch, cpus, share, processes, workers, threads):
+    """All workers together have as many threads as CPUs' time suffices for, as with workers."""
+    monkeypatch.setattr(_sizing, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(_sizing, "cpu_share", lambda: share)
+    monkeypatch.setattr(_sizing, "processes", lambda: processes)
+    assert _sizing.threads_for(workers) == threads
+
+
 @pytest.mark.parametrize("value", [0, 1, 7])
 def test_the_override(monkeypatch, value):
     """ASYNCLAM_MAX_WORKERS is the default of max_workers; an argument is stronger."""

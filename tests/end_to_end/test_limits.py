@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from asynclam import Executor, _limits
+from asynclam import Executor, _limits, _sizing
 from tests import jobs
 
 MIB = 1 << 20
@@ -124,6 +124,8 @@ from tests.end_to_end.test_limits import threads_of_blas
 from asynclam import _sizing
 
 _sizing.usable_cpus = lambda: 8
+_sizing.cpu_share = lambda: None
+_sizing.processes = lambda: 1
 
 async def main():
     async with Executor({workers}, start_method={method!r}) as executor:
@@ -155,6 +157,18 @@ def test_threads_of_numeric_libraries(method, workers, expected):
     """All workers together start about as many threads as there are CPUs."""
     most = os.cpu_count() or 1  # OpenBLAS starts no more, whatever it is told
     assert threads(workers, method) == {min(expected, most)}
+
+
+async def test_threads_heed_what_workers_heed(monkeypatch):
+    """Quotas, and other processes that share the CPUs, leave less for threads, too."""
+    monkeypatch.setattr(_sizing, "usable_cpus", lambda: 64)
+    monkeypatch.setattr(_sizing, "cpu_share", lambda: 8.0)
+    monkeypatch.setattr(_sizing, "processes", lambda: 2)
+    monkeypatch.delenv("ASYNCLAM_MAX_WORKERS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for workers, threads in ((None, "1"), (2, "2")):
+        async with Executor(workers) as executor:
+            assert await executor.run_cpu(os.getenv, "OMP_NUM_THREADS") == threads
 
 
 def test_a_library_that_was_loaded_before_the_fork():
