@@ -4,6 +4,9 @@
 # at a cold start, and workers walk through here too.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from . import doctor as doctor
+    from . import s3 as s3
+    from . import testing as testing
     from ._context import remaining
     from ._default import (
         map_cpu,
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from ._statistics import Statistics
     from ._streams import Stream, map_io
 
+__version__ = "0.1.0.dev0"  # here, and not in its metadata alone: those are often left behind
+
+_MODULES = ("doctor", "s3", "testing")
 _HOMES = {
     "AsynclamError": "_errors",
     "Environment": "_environment",
@@ -85,23 +91,33 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # pragma: no branch - a checker would take any name for one that there is
 
-        return version("asynclam")
-    if name in ("s3", "testing"):
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES and name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name != "doctor":  # which says what does not work
+            _require_fork()
         from importlib import import_module
 
-        return import_module(f".{name}", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+
+def _require_fork() -> None:
+    import os
+
+    if not hasattr(os, "fork"):  # else an import would fail without a word of that
+        import sys
+
+        raise ImportError(
+            f"asynclam needs os.fork(), which there is not on {sys.platform}: run it on Linux, which "
+            "on Windows is WSL or a container"
+        )
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__", "s3", "testing"])
+    return sorted([*__all__, *_MODULES, "__version__"])

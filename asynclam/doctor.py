@@ -15,8 +15,9 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
+
+from asynclam import __version__
 
 from . import _sizing
 from ._environment import environment
@@ -54,7 +55,7 @@ def examine(seconds: float = SECONDS) -> dict[str, Any]:
         seconds: how long it may take. What there is no time for is told as not tried.
     """
     return {
-        "asynclam": version("asynclam"),
+        "asynclam": __version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip(),

@@ -1,6 +1,7 @@
 """The layout tells the architecture: arrows point down, and the door is lazy."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ ARROWS = {
     "_cli": {"_box", "_demo", "doctor"},
     "__main__": {"_cli"},
     "__init__": {"_context", "_default", "_environment", "_errors", "_executor", "_handler", "_memory",
-        "_statistics", "_streams",
+        "_statistics", "_streams", "doctor", "s3", "testing",
     },
 }  # fmt: skip
 BELOW_ASYNCIO = list(ARROWS)[: list(ARROWS).index("_channel")]
@@ -191,7 +192,7 @@ def test_the_exports_agree():
     for name in asynclam.__all__:
         value = getattr(asynclam, name)
         assert value.__doc__, f"{name} has no docstring"
-    assert set(dir(asynclam)) == {*asynclam.__all__, "__version__", "s3", "testing"}
+    assert set(dir(asynclam)) == {*asynclam.__all__, "__version__", "doctor", "s3", "testing"}
 
 
 def test_an_unknown_name():
@@ -201,8 +202,48 @@ def test_an_unknown_name():
 
 
 def test_version():
-    """The version is that of the installed package."""
+    """The package has its version with it, whether or not it was installed, and nowhere else."""
     assert asynclam.__version__.count(".") >= 2
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert '\ndynamic = ["version"]' in project
+    assert f'[tool.hatch.version]\npath = "{PACKAGE.name}/__init__.py"' in project
+
+
+@pytest.mark.alone
+def test_without_metadata(tmp_path):
+    """A folder that was merely copied tells its version, and has what any module has."""
+    (tmp_path / "asynclam").symlink_to(PACKAGE)
+    loaded = run(
+        f"sys.path[:] = [{str(tmp_path)!r}, *(p for p in sys.path if 'site-packages' not in p)]\n"
+        "import asynclam, asynclam.doctor, inspect\n"
+        "inspect.getmembers(asynclam); print(asynclam.__version__)"
+    )
+    assert loaded == {asynclam.__version__}
+
+
+@pytest.mark.parametrize("name", ["doctor", "s3", "testing"])
+def test_public_modules(name):
+    """They are there once the package is imported."""
+    loaded = run(f"import asynclam; print(asynclam.{name}.__name__)")
+    assert loaded == {f"asynclam.{name}"}
+
+
+@pytest.mark.parametrize("name", ["run_cpu", "Executor", "s3", "testing"])
+def test_a_system_without_fork(monkeypatch, name):
+    """What is wrong with it is said, and what to do, by whatever is imported first."""
+    monkeypatch.delattr(os, "fork")
+    monkeypatch.delitem(vars(asynclam), name, raising=False)
+    with pytest.raises(ImportError, match=rf"needs os.fork\(\).* on {sys.platform}.*WSL"):
+        exec(f"from asynclam import {name}")
+
+
+def test_what_needs_no_fork(monkeypatch):
+    """The version, the doctor and names that do not exist are what they are anywhere."""
+    monkeypatch.delattr(os, "fork")
+    monkeypatch.delitem(vars(asynclam), "doctor", raising=False)
+    assert asynclam.__version__
+    assert asynclam.doctor.handler
+    assert not hasattr(asynclam, "no_such_name")
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 
 from typing_extensions import assert_type
 
+import asynclam
 from asynclam import (
     Environment,
     Executor,
@@ -93,6 +94,16 @@ async def storage(keys: list[str]) -> None:
         listing = s3.list_objects(client, "bucket")
         assert_type(s3.process_many("bucket", listing, words), Stream[int])
     await s3.process_many("bucket", keys, parse)  # pyright: ignore[reportArgumentType]
+
+
+def modules() -> None:
+    """The doors are lazy, and a checker sees what is behind them, and nothing else."""
+    assert_type(asynclam.__version__, str)
+    assert_type(asynclam.testing.LambdaContext(1.0), LambdaContext)
+    asynclam.s3.client(max_concurrency="8")  # pyright: ignore[reportArgumentType]
+    assert_type(asynclam.doctor.main(as_json=True), int)
+    asynclam.run_cup()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    asynclam.s3.cleint()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 
 async def executors() -> None:
