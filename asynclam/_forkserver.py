@@ -87,6 +87,18 @@ class ForkServer:
             _descriptors.unmark(master.fileno())
         self._life.end()
 
+    def failure(self) -> OSError | None:
+        """Why there was no server, if what was spawned has exited by itself."""
+        status = None if isinstance(self._process, int) else self._process.returncode
+        if status is None or status < 0:  # a signal's, which says nothing of what was spawned
+            return None
+        return OSError(
+            errno.ENOEXEC,
+            f"the spawned fork server has exited with status {status}, for which the import of the "
+            "job's module may be the reason",
+            interpreter(),
+        )
+
     def _reap(self) -> None:
         if not isinstance(self._process, int):
             self._process.wait()
@@ -135,11 +147,14 @@ def shares_main(method: StartMethod) -> bool:
     return _resolved(method) == "fork" and hasattr(sys.modules.get("__main__"), "__file__")
 
 
-def discard(server: ForkServer) -> None:
+def discard(server: ForkServer) -> OSError | None:
     """Forgets a server that has died; the next :func:`ensure` starts another.
 
     Loops in several threads may see the death at once. Who takes the server off the list ends it; the
     others need not wait for that. A lock held meanwhile might be met by a signal handler.
+
+    Returns:
+        why there was no server, if there was none.
     """
     with _lock:
         methods = [method for method, known in _servers.items() if known is server]
@@ -147,6 +162,7 @@ def discard(server: ForkServer) -> None:
             del _servers[method]
     if methods:
         server.stop()
+    return server.failure()
 
 
 def stop() -> None:
@@ -271,12 +287,23 @@ def _descriptor_of(file: Any) -> set[int]:
         return set()
 
 
+def interpreter() -> str:
+    """What is spawned, by its path: in a frozen or embedded program it may be no interpreter."""
+    return sys.executable or ""
+
+
 def _spawn(master: socket.socket, life: int) -> subprocess.Popen[bytes]:
     import subprocess
 
+    if not interpreter() or getattr(sys, "frozen", False):  # else it would be the program again
+        raise OSError(
+            errno.ENOEXEC,
+            "sys.executable is no Python interpreter, so the fork server must be forked, not spawned",
+            interpreter(),
+        )
     descriptors = master.fileno(), life
     command = [
-        sys.executable,
+        interpreter(),
         *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
         "-c",
         _SPAWNED,

@@ -1042,9 +1042,11 @@ class Pool:
         assert self._server is not None
         self._control.close()
         self._control = None
-        _forkserver.discard(self._server)
+        failure = _forkserver.discard(self._server)
         self._idle.clear()
         for worker in list(self._workers.values()):
+            if worker.state is _STARTING:
+                worker.cause = worker.cause or failure
             worker.orphan = worker.channel.thorough = True  # nobody else tells of its death now
             worker.channel.drain()
             if worker.state is not _BUSY and worker.number in self._workers:
@@ -1218,6 +1220,11 @@ def _death(job: str, worker: _Worker, tries: int = 1) -> WorkerDiedError:
 def _advice(cause: BaseException | None) -> str:
     if isinstance(cause, WorkerDiedError):
         return "it may lack memory; call the initializer and import the module alone to see"
+    if isinstance(cause, OSError) and cause.filename == _forkserver.interpreter():
+        return (
+            "if that is no Python interpreter, call asynclam.prepare() before there are threads, or "
+            'give Executor start_method="fork"'
+        )
     if isinstance(cause, OSError) and cause.errno in _LIMITS:
         return "lower max_workers, or raise the limit of processes, descriptors or memory"
     return "if the initializer raised it, correct that"

@@ -361,6 +361,62 @@ def test_no_semaphore():
     assert done.stdout.split() == ["1", "2", "3", "[4]", "5", "6", "7"], done.stderr
 
 
+NO_INTERPRETER = (
+    "import asyncio, sys\n"
+    "from asynclam import Executor, WorkerStartError, _forkserver\n"
+    "async def main(method):\n"
+    "    async with Executor(1, start_method=method) as executor:\n"
+    "        return await executor.run_cpu(abs, -1)\n"
+    "{before}\n"
+    "try: asyncio.run(main('spawn'))\n"
+    "except WorkerStartError as error: print(error, '|', type(error.__cause__).__name__)\n"
+    "print(asyncio.run(main('fork')))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("sys.executable = ''", "[Errno 8] sys.executable is no Python interpreter"),
+        ("sys.executable = None", "[Errno 8] sys.executable is no Python interpreter"),
+        ("sys.frozen = True", f"must be forked, not spawned: '{sys.executable}'; if that is no"),
+        ("sys.executable = '/no/such'", "[Errno 2] No such file or directory: '/no/such'; if that"),
+    ],
+    ids=["empty", "none", "frozen", "missing"],
+)
+def test_no_interpreter_to_spawn(before, said):
+    """A program that is no Python interpreter is not started again, and what to do is said."""
+    done = program(NO_INTERPRETER.format(before=before))
+    error, works = done.stdout.splitlines()
+    assert said in error, done.stderr
+    assert "call asynclam.prepare() before there are threads" in error
+    assert "Error" in error.split(" | ")[1]
+    assert works == "1"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(os.getpid(), 9)"])
+def test_an_interpreter_that_is_none(tmp_path, end):
+    """A program that ends where a fork server should be: its status is told, if it has one."""
+    application = tmp_path / "application"
+    application.write_text(
+        f"#!{sys.executable}\n"
+        "import os, socket, sys\n"
+        "master = int(sys.argv[sys.argv.index('-c') + 2])\n"
+        f"socket.socket(fileno=master).recv(1)\n{end}\n"
+    )
+    application.chmod(0o700)
+    done = program(NO_INTERPRETER.format(before=f"sys.executable = {str(application)!r}"))
+    error, works = done.stdout.splitlines()
+    if "exit" in end:
+        assert "the spawned fork server has exited with status 3" in error
+        assert (
+            f"'{application}'; if that is no Python interpreter, call asynclam.prepare()" in error
+        )
+    else:
+        assert "status" not in error
+    assert works == "1"
+
+
 @pytest.mark.alone
 def test_a_worker_imports_next_to_nothing():
     """A spawned worker has loaded none of what it does not need."""
