@@ -393,4 +393,4 @@ def complain(error: BaseException | str) -> None:
     """Tells on stderr, in a line, what cannot be done."""
     known = isinstance(error, (BoxError, str))
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    os.write(2, f"box: {text}\n".encode())
+    os.write(2, f"box: {text}\n".encode(errors="backslashreplace"))

@@ -59,6 +59,12 @@ def test_a_limit_that_the_kernel_refuses(tmp_path):
         cgroup._write(cgroup.Path("/dev/full"), "1")
 
 
+def test_a_complaint_that_is_no_text(capfdbinary):
+    """It is told all the same, be it about a path's bytes or by a function."""
+    box.complain(os.fsdecode(b"caf\xe9") + " \ud800")
+    assert capfdbinary.readouterr().err == b"box: caf\\udce9 \\ud800\n"
+
+
 def test_entering_and_removing(tmp_path):
     """Processes move in by writing 0; the sweeper removes the group when the box has closed it."""
     (tmp_path / "group").mkdir()

@@ -179,15 +179,15 @@ class Proc:
         self.mounts: list[str] = []
 
     def group(self, *lines: str) -> None:
-        Path(self.proc, "cgroup").write_text("".join(f"{line}\n" for line in lines))
+        Path(self.proc, "cgroup").write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
 
-    def mount(self, kind: str, options: str, root: str = "/") -> Path:
-        mount = self.directory / f"mount {len(self.mounts)}"
-        mount.mkdir()
+    def mount(self, kind: str, options: str, root: str = "/", at: Path | None = None) -> Path:
+        mount = at or self.directory / f"mount {len(self.mounts)}"
+        mount.mkdir(exist_ok=True)
         escaped = str(mount).replace(" ", r"\040")
         self.mounts.append(f"30 23 0:26 {root} {escaped} rw shared:9 - {kind} {kind} {options}\n")
         other = "22 1 8:1 / / rw - ext4 /dev/cpu rw,cpu\n"
-        Path(self.proc, "mountinfo").write_text("".join([other, *self.mounts]))
+        Path(self.proc, "mountinfo").write_bytes(os.fsencode("".join([other, *self.mounts])))
         return mount
 
 
@@ -251,6 +251,43 @@ def test_a_path_is_not_a_prefix(proc):
     mount = proc.mount("cgroup", "rw,cpu", "/docker/1")
     files(mount / "2", cpu__cfs_quota_us="1\n", cpu__cfs_period_us="1\n")
     assert _cgroup.cpu_quota(proc.proc) is None
+
+
+def test_paths_that_are_no_text(proc):
+    """What is mounted where, and under which name, are bytes; a line ends with a newline only."""
+    odd = os.fsdecode(b"caf\xe9\x0c") + "\u0142 \u2028"
+    proc.group(f"1:name={odd}:/", f"0::/{odd}")
+    mount = proc.mount("cgroup2", "rw", at=proc.directory / odd)
+    files(mount / odd, cpu__max="50000 100000\n", memory__max="4096\n")
+    assert _cgroup.cpu_quota(proc.proc) == 0.5
+    assert _cgroup.memory_limit(proc.proc) == 4096
+
+
+@pytest.mark.parametrize(
+    ("group", "roots", "best", "way_up"),
+    [
+        ("/k/p", ["/other", "/"], 1, ["k/p", "k", ""]),
+        ("/k/p", ["/k/p", "/k", "/other"], 1, ["p", ""]),  # more of the way up is seen there
+        ("/../x/p", ["/", "/../x", "/.."], 2, ["x/p", "x", ""]),  # above this namespace's root
+        ("/k", ["/other", "/more"], 0, [""]),
+    ],
+)
+def test_several_mounts(proc, group, roots, best, way_up):
+    """That counts which shows this process's group, and most of those above it."""
+    proc.group(f"0::{group}")
+    mounts = [proc.mount("cgroup2", "rw", root) for root in roots]
+    assert list(_cgroup.directories(proc.proc, "cpu")) == [
+        os.path.join(mounts[best], below) if below else str(mounts[best]) for below in way_up
+    ]
+
+
+def test_a_mount_that_is_hidden(proc):
+    """What is mounted over another mount is what is seen there."""
+    proc.group("0::/k/p")
+    mount = proc.mount("cgroup2", "rw", "/")
+    proc.mount("cgroup2", "rw", "/k", mount)
+    files(mount / "p", cpu__max="50000 100000\n")
+    assert _cgroup.cpu_quota(proc.proc) == 0.5
 
 
 def test_no_groups(proc):
