@@ -22,8 +22,8 @@ Theory of operation::
   the command. Its end means that the box is gone, however it died, and init follows.
 * *control* is a socket that the box's caller may give it: a byte freezes or thaws all that is in the
   box. It is signals to every process but init, which a namespace's init sends with one kill(-1).
-* All of them are in one process group. The signals of a terminal's Ctrl-C reach the command without
-  help, so the box passes on only those that a process sent to it.
+* All but the sweeper are in one process group. The signals of a terminal's Ctrl-C reach the command
+  without help, so the box passes on only those that a process sent to it.
 
 Root needs CAP_SYS_ADMIN. Any other user gets a user namespace, and is user 993 in it; the kernel
 does not let that user drop supplementary groups, so they stay (user_namespaces(7)).

@@ -5,6 +5,7 @@ enters it: all that is in the box is then held to it, as a Lambda sandbox is, an
 not. Only an empty group can be removed, and only from outside the box, where the file system is not
 read-only. So that is done by a *sweeper*, a child of the box that stays outside and waits for the
 end of a pipe: the box closes its end when init is gone, and the kernel closes it if the box is killed.
+The sweeper has a process group of its own: what kills the box may kill that of the box.
 
 In version 1 each controller has a hierarchy of its own, and the group is made below the box's. In
 version 2 a group that has processes cannot give controllers to others, so it is made beside the box's
@@ -86,12 +87,13 @@ class Group:
         if pid == 0:  # pragma: no cover - in a frame that coverage has left
             try:
                 os.close(write_end)
-                # A terminal's Ctrl-C is for the command; the box's end is what counts here.
+                # The box's end is what counts here.
                 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
                 os.read(read_end, 1)
                 _sweep(self._directories)
             finally:
                 os._exit(0)
+        os.setpgid(pid, pid)  # here, so that it is done before the box goes on
         os.close(read_end)
         self._sweeper = pid, write_end
 

@@ -80,6 +80,17 @@ def test_entering_and_removing(tmp_path):
     group.remove()
 
 
+def test_the_process_group_of_the_sweeper(tmp_path):
+    """It is its own, before there is anything to sweep up: a kill of the box's does not reach it."""
+    group = cgroup.Group([tmp_path / "none"])
+    group._watch()
+    sweeper, _ = group._sweeper
+    try:
+        assert os.getpgid(sweeper) == sweeper
+    finally:
+        group.remove()
+
+
 def test_a_group_that_does_not_become_empty(tmp_path, monkeypatch):
     """The sweeper gives up on it after a while."""
     (tmp_path / "process").touch()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -93,12 +94,14 @@ def test_too_much_memory_is_the_end(groups_permitted):
     assert run(box.command([sys.executable, "-c", script], memory=256)).returncode == 137
 
 
-def test_the_group_of_a_killed_box_is_removed(groups_permitted):
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_the_group_of_a_killed_box_is_removed(groups_permitted, kill):
     """However the box ends, the group goes when the last process in it has gone."""
-    with paused(*box.command([sys.executable, "-c", PAUSED], memory=512)) as process:
+    argv = box.command([sys.executable, "-c", PAUSED], memory=512)
+    with paused(*argv, start_new_session=True) as process:
         directories = groups_of(process.pid)
         assert directories
-        process.kill()
+        kill(process.pid, signal.SIGKILL)
         process.stdout.read()
     while any(directory.exists() for directory in directories):
         pass
