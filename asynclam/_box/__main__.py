@@ -10,6 +10,7 @@ if not __package__:  # run by path with -S -E, which finds no package: see box.c
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from typing import get_args
 
@@ -20,6 +21,7 @@ from asynclam._box.kernel import BoxError
 _DEFAULT_MEMORY = 1769  # MB, with --handler: one whole CPU
 _DEFAULT_TIMEOUT = 30.0
 _DEFAULT_FREEZE = 1.0
+_DAY = 86_400.0  # seconds: longer than anybody waits, and no more than any wait of Python takes
 
 _EPILOG = """\
 Inside there is no /dev/shm, all is read-only but a fresh /tmp, the user is 993 without privileges,
@@ -47,10 +49,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "box") -> int:
     argv = words[end + 1 :]
     if (options.handler is None) == (not argv):
         parser.error("give either a command after --, or --handler")
-    if options.handler is None and (
-        options.event or options.snapstart or options.freeze is not None
-    ):
-        parser.error("--event, --freeze and --snapstart go with --handler")
+    if options.handler is None:
+        if options.event or options.snapstart or options.freeze is not None:
+            parser.error("--event, --freeze and --snapstart go with --handler")
+        if options.timeout is not None or options.concurrency is not None:
+            parser.error("--timeout and --concurrency go with --handler")
     try:
         if options.handler is not None:
             return _invoke(options)
@@ -70,9 +73,35 @@ def _invoke(options: argparse.Namespace) -> int:
     return invocations.run(
         options.handler,
         options.event or [],
-        invocations.How(options.timeout, options.freeze, options.snapstart, options.concurrency),
+        invocations.How(
+            options.timeout or _DEFAULT_TIMEOUT,
+            options.freeze,
+            options.snapstart,
+            options.concurrency,
+        ),
         box.Options([], options.shm, options.cpus, options.memory or _DEFAULT_MEMORY, options.bind),
     )
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (count := int(text)) >= 1:
+            return count
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text}")
+
+
+def _pause(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) <= _DAY:
+            return seconds
+    raise argparse.ArgumentTypeError(f"must be 0 to {_DAY:.0f} seconds, not {text}")
+
+
+def _limit(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) <= _DAY:
+            return seconds
+    raise argparse.ArgumentTypeError(f"must be more than 0 seconds, at most {_DAY:.0f}, not {text}")
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -89,7 +118,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--cpus", type=int, metavar="N", help="how many CPUs there are")
     add(
         "--memory",
-        type=int,
+        type=_count,
         metavar="MB",
         help="the function's memory: as many CPUs as it sees with it, and, by a control group "
         "where that is permitted, no more memory, and the time on CPUs that comes with it",
@@ -113,7 +142,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add(
         "--freeze",
-        type=float,
+        type=_pause,
         nargs="?",
         const=_DEFAULT_FREEZE,
         metavar="SECONDS",
@@ -127,14 +156,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add(
         "--concurrency",
-        type=int,
+        type=_count,
         metavar="N",
         help="as on Managed Instances: N processes, and as many invocations at once",
     )
     add(
         "--timeout",
-        type=float,
-        default=_DEFAULT_TIMEOUT,
+        type=_limit,
         metavar="SECONDS",
         help="of an invocation (default: 30)",
     )

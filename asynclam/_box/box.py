@@ -183,8 +183,6 @@ def _check(options: Options) -> None:
     available = len(os.sched_getaffinity(0))
     if options.cpus is not None and not 1 <= options.cpus <= available:
         raise BoxError(f"--cpus {options.cpus}: between 1 and {available} can be had here")
-    if options.memory is not None and options.memory < 1:
-        raise BoxError(f"--memory {options.memory}: not a number of MB that a function can have")
 
 
 def _unshare() -> None:  # pragma: no cover - under -S

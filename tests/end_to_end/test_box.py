@@ -291,7 +291,7 @@ def test_root_is_not_needed() -> None:
     ("arguments", "status", "message"),
     [
         (["--cpus", "4096", "--", "true"], 125, "--cpus 4096: between 1 and "),
-        (["--memory", "0", "--", "true"], 125, "--memory 0: not a number of MB"),
+        (["--memory", "0", "--", "true"], 2, "--memory: must be a whole number, at least 1, not 0"),
         (["--bind", "/missing", "--", "true"], 125, "--bind /missing: there is no such file"),
         (["--", "/missing"], 127, "cannot run /missing (No such file or directory)"),
         (

@@ -17,7 +17,7 @@ import pytest
 import asynclam
 from asynclam import _cgroup, _cli
 from asynclam._box import __main__ as program
-from asynclam._box import box, cgroup, kernel
+from asynclam._box import box, cgroup, invocations, kernel
 from asynclam._box.kernel import BoxError
 from tests.parts.processes import children, descendants, state_of
 
@@ -287,6 +287,8 @@ def test_asynclam_in_the_box(tmp_path):
         ([], 2, "give either a command after --, or --handler"),
         (["--handler", "a.b", "--", "true"], 2, "give either a command"),
         (["--freeze", "--", "true"], 2, "--freeze and --snapstart go with --handler"),
+        (["--timeout", "1", "--", "true"], 2, "--timeout and --concurrency go with --handler"),
+        (["--concurrency", "1", "--", "true"], 2, "--concurrency go with --handler"),
         (["--handler", "a.b", "--event", "/missing"], 125, "--event /missing: [Errno 2]"),
         (["--handler", "a.b", "--event", __file__], 125, "Extra data"),
     ],
@@ -299,6 +301,42 @@ def test_usage(arguments, status, message, capfd):
         found = error.code
     assert found == status
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "instead"),
+    [
+        ("--freeze", ["-1", "nan", "inf", "1e10", "long"], "must be 0 to 86400 seconds"),
+        ("--timeout", ["0", "-1", "nan", "inf", "long"], "must be more than 0 seconds, at most"),
+        ("--concurrency", ["0", "-1", "1.5", "many"], "must be a whole number, at least 1"),
+        ("--memory", ["0", "-1", "1.5", "much"], "must be a whole number, at least 1"),
+    ],
+)
+def test_values(monkeypatch, capfd, option, values, instead):
+    """One that makes no sense is told with what does, before anything is started."""
+    monkeypatch.setattr(program, "_invoke", pytest.fail)
+    for value in values:
+        with pytest.raises(SystemExit) as caught:
+            program.main(["--handler", "a.b", option, value])
+        assert caught.value.code == 2
+        told = capfd.readouterr().err
+        assert f"argument {option}: {instead}" in told
+        assert told.endswith(f", not {value}\n")
+
+
+def test_values_at_the_edge(monkeypatch):
+    """The least and the most that make sense are taken, and defaults where there is none."""
+    seen = []
+    monkeypatch.setattr(invocations, "run", lambda *arguments: seen.append(arguments[2:]) or 0)
+    least = ["--freeze", "0", "--timeout", "0.1", "--concurrency", "1", "--memory", "1"]
+    most = ["--freeze", "86400", "--timeout", "86400"]
+    for words in (least, most, []):
+        assert program.main(["--handler", "a.b", *words]) == 0
+    assert [(how, options.memory) for how, options in seen] == [
+        (invocations.How(0.1, freeze=0.0, concurrency=1), 1),
+        (invocations.How(86_400.0, freeze=86_400.0), 1769),
+        (invocations.How(30.0), 1769),
+    ]
 
 
 def test_without_the_runtime_client(monkeypatch, capfd):
