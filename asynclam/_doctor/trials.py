@@ -25,13 +25,13 @@ class Trial:
         name: what people call it.
         group: the heading that it stands under.
         attempt: tries it; returns what there is to say, raises what stands in the way.
-        semaphore: whether it makes a semaphore, and so fails for want of ``/dev/shm``.
+        in_shm: what it keeps in ``/dev/shm``, and so fails without; "" if nothing.
     """
 
     name: str
     group: str
     attempt: Callable[[], str]
-    semaphore: bool = False
+    in_shm: str = ""
 
 
 # --- what people try -----------------------------------------------------------------------------
@@ -284,18 +284,20 @@ _NEEDS = "What asynclam needs"
 _WAYS = "One of these, for large payloads"
 _ASYNCLAM = "asynclam itself"
 
+_SEMAPHORE = "a semaphore"
+
 TRIALS = (
     Trial("ThreadPoolExecutor", _PEOPLE, _thread_pool_executor),
-    Trial("ProcessPoolExecutor", _PEOPLE, _process_pool_executor, semaphore=True),
-    Trial("multiprocessing.Pool", _PEOPLE, _pool, semaphore=True),
-    Trial("multiprocessing.pool.ThreadPool", _PEOPLE, _thread_pool, semaphore=True),
-    Trial("multiprocessing.Queue", _PEOPLE, _queue, semaphore=True),
-    Trial("SharedMemory", _PEOPLE, _shared_memory, semaphore=True),
-    Trial("multiprocess.Pool", _PEOPLE, _multiprocess, semaphore=True),
-    Trial("loky", _PEOPLE, _loky, semaphore=True),
+    Trial("ProcessPoolExecutor", _PEOPLE, _process_pool_executor, in_shm=_SEMAPHORE),
+    Trial("multiprocessing.Pool", _PEOPLE, _pool, in_shm=_SEMAPHORE),
+    Trial("multiprocessing.pool.ThreadPool", _PEOPLE, _thread_pool, in_shm=_SEMAPHORE),
+    Trial("multiprocessing.Queue", _PEOPLE, _queue, in_shm=_SEMAPHORE),
+    Trial("SharedMemory", _PEOPLE, _shared_memory, in_shm="shared memory"),
+    Trial("multiprocess.Pool", _PEOPLE, _multiprocess, in_shm=_SEMAPHORE),
+    Trial("loky", _PEOPLE, _loky, in_shm=_SEMAPHORE),
     Trial("Process + Pipe", _PEOPLE, _process_and_pipe),
     Trial("wait on connections", _PEOPLE, _wait_on_connections),
-    Trial("semaphore", _WITHOUT, _semaphore, semaphore=True),
+    Trial("semaphore", _WITHOUT, _semaphore, in_shm=_SEMAPHORE),
     Trial("prctl", _WITHOUT, _prctl),
     Trial("pidfd_open", _WITHOUT, _pidfd),
     Trial("signal at a pipe's end", _WITHOUT, _signal_at_end_of_file),
@@ -315,10 +317,10 @@ TRIALS = (
 # --- what an error means -------------------------------------------------------------------------
 
 _NO_SHM = {
-    errno.ENOSYS: "there is no /dev/shm to keep a semaphore in, says a C library before glibc 2.34",
-    errno.ENOENT: "there is no /dev/shm to keep a semaphore in",
-    errno.EACCES: "this user may not write to /dev/shm, where semaphores are kept",
-    errno.EROFS: "the file system of /dev/shm, where semaphores are kept, is read-only",
+    errno.ENOSYS: "there is no /dev/shm to keep {} in, says a C library before glibc 2.34",
+    errno.ENOENT: "there is no /dev/shm to keep {} in",
+    errno.EACCES: "this user may not write to /dev/shm, where {} is kept",
+    errno.EROFS: "the file system of /dev/shm, where {} is kept, is read-only",
 }
 _MEANINGS = {
     errno.EPERM: "the sandbox does not allow it to anybody without more privileges",
@@ -336,6 +338,6 @@ def meaning(trial: Trial, error: BaseException) -> str:
     """What an error of a trial means to somebody who wants to use it; "" if nobody knows."""
     if not isinstance(error, OSError) or error.errno is None:
         return ""
-    if trial.semaphore and error.errno in _NO_SHM:
-        return _NO_SHM[error.errno]
+    if trial.in_shm and error.errno in _NO_SHM:
+        return _NO_SHM[error.errno].format(trial.in_shm)
     return _MEANINGS.get(error.errno, "")

@@ -22,8 +22,8 @@ from tests.parts.processes import ended
 LIMIT = 60.0  # seconds: never reached by a trial that ends
 
 
-def try_out(attempt, limit=LIMIT, *, semaphore=False):
-    return ward.run(Trial("name", "group", attempt, semaphore=semaphore), limit)
+def try_out(attempt, limit=LIMIT):
+    return ward.run(Trial("name", "group", attempt), limit)
 
 
 def raiser(error):
@@ -112,11 +112,22 @@ def test_a_long_answer():
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOENT, errno.EACCES, errno.EROFS])
-def test_what_an_errno_means(number):
-    """Each errno with which a semaphore fails is told to be a matter of /dev/shm."""
-    assert "/dev/shm" in meaning(Trial("", "", str, semaphore=True), OSError(number, ""))
+@pytest.mark.parametrize("kept", ["a semaphore", "shared memory"])
+def test_what_an_errno_means(number, kept):
+    """Each errno with which shm_open fails is told to be a matter of /dev/shm, and of what it keeps."""
+    told = meaning(Trial("", "", str, in_shm=kept), OSError(number, ""))
+    assert "/dev/shm" in told
+    assert kept in told
     assert "/dev/shm" not in meaning(Trial("", "", str), OSError(number, ""))
     assert meaning(Trial("", "", str), ValueError()) == ""
+
+
+def test_what_is_kept_in_shm():
+    """Shared memory is no semaphore."""
+    kept = {trial.name: trial.in_shm for trial in TRIALS}
+    assert kept["SharedMemory"] == "shared memory"
+    assert (kept["loky"], kept["semaphore"]) == ("a semaphore", "a semaphore")
+    assert (kept["Process + Pipe"], kept["prctl"]) == ("", "")
 
 
 def test_what_there_is_no_time_for():

@@ -39,6 +39,11 @@ def check_box(report, shm):
         if trial["name"] in SEMAPHORES:
             assert (trial["status"], trial["errno"]) == ("fails", NAMES[shm]), trial
             assert "/dev/shm" in trial["meaning"]
+            assert "a semaphore" in trial["meaning"]
+        elif trial["name"] == "SharedMemory":
+            assert trial["status"] == "fails"
+            assert "/dev/shm" in trial["meaning"]
+            assert "shared memory" in trial["meaning"]
     others = {k: v for k, v in statuses(report).items() if k not in {*SEMAPHORES, "SharedMemory"}}
     assert others.pop("prctl") == "fails"
     assert set(others.values()) == {"works"}, others
