@@ -50,9 +50,11 @@ def examine(seconds: float = SECONDS) -> dict[str, Any]:
     """Tries what people try and what asynclam needs; a report of plain data.
 
     Everything runs in processes of its own; what hangs is killed, and nothing is left behind.
+    ``"works"`` is whether asynclam does; ``None``: there was no time to try, or the doctor has failed.
 
     Args:
-        seconds: how long it may take. What there is no time for is told as not tried.
+        seconds: how long it may take. What there is no time for is told as not tried; asynclam
+            itself is tried first, and what people try last.
     """
     return {
         "asynclam": __version__,
@@ -61,8 +63,14 @@ def examine(seconds: float = SECONDS) -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()).strip(),
         "environment": _looked(),
         "trials": (trials := _tried(seconds)),
-        "works": any(trial["name"] == "run_cpu" and trial["status"] == "works" for trial in trials),
+        "works": _works(trials),
     }
+
+
+def _works(outcomes: list[dict[str, Any]]) -> bool | None:
+    found = {outcome["name"]: outcome["status"] for outcome in outcomes}
+    status = found.get("run_cpu", "not tried")
+    return None if status == "not tried" else status == "works"
 
 
 def _looked() -> dict[str, Any]:
@@ -83,7 +91,8 @@ def _tried(seconds: float) -> list[dict[str, Any]]:
         except subprocess.TimeoutExpired:
             ward.kill()
             output, errors = ward.communicate()
-    outcomes = [json.loads(line) for line in output.splitlines()]
+    placed = sorted(map(json.loads, output.splitlines()), key=lambda found: found[0])
+    outcomes: list[dict[str, Any]] = [outcome for _, outcome in placed]
     if ward.returncode != 0:
         how = errors.decode(errors="replace").strip()[-1000:] or f"status {ward.returncode}"
         outcomes.append(
@@ -158,7 +167,7 @@ def _sizes(found: dict[str, Any]) -> list[str]:
 
 
 def main(*, as_json: bool = False) -> int:
-    """Prints a report; the status is 0 if asynclam works here.
+    """Prints a report; the status is 0 if asynclam works here, 1 if not or if nobody knows.
 
     Args:
         as_json: for a ticket or a program instead of a person.

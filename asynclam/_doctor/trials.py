@@ -1,8 +1,8 @@
 """What is tried. A trial returns what it has seen, or raises what stands in the way.
 
 Each runs in a process of its own (:mod:`.ward`), so this is the one place that may import
-multiprocessing: what that does to a process ends with it. First comes what people try in Lambda, in
-the order in which they come upon it, then what asynclam needs.
+multiprocessing: what that does to a process ends with it. The report begins with what people try in
+Lambda, in the order in which they come upon it; what asynclam needs follows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -313,6 +313,18 @@ TRIALS = (
     Trial("run_cpu", _ASYNCLAM, _run_cpu),
     Trial("large payload", _ASYNCLAM, _large_payload),
 )
+
+
+def in_turn(trials: Sequence[Trial]) -> list[tuple[int, Trial]]:
+    """Trials with their places in the report, in the order in which to try them.
+
+    asynclam comes first, and what people try comes last: it may hang, and take all the time.
+    """
+    return sorted(
+        enumerate(trials),
+        key=lambda placed: (placed[1].group != _ASYNCLAM, placed[1].group == _PEOPLE),
+    )
+
 
 # --- what an error means -------------------------------------------------------------------------
 

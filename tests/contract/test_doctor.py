@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import json
 import os
 import resource
 import select
@@ -31,6 +32,10 @@ def raiser(error):
         raise error
 
     return attempt
+
+
+def hang():
+    threading.Event().wait()
 
 
 def test_what_works():
@@ -74,11 +79,11 @@ def test_what_dies(end, how):
 def test_what_hangs():
     """A trial that does not come to an end is killed, in spite of the signals that it ignores."""
 
-    def hang():
+    def ignore():
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        threading.Event().wait()
+        hang()
 
-    found = try_out(hang, 0.2)
+    found = try_out(ignore, 0.2)
     assert (found.status, found.detail) == ("hangs", "nothing has come within 0.2 s")
 
 
@@ -134,7 +139,59 @@ def test_what_there_is_no_time_for():
     """Trials that there is no time for are told as such, not left out."""
     report = doctor.examine(seconds=0.0)
     assert [trial["status"] for trial in report["trials"]] == ["not tried"] * len(TRIALS)
-    assert not report["works"]
+    assert report["works"] is None
+
+
+def test_what_the_time_for_all_cuts_off(monkeypatch):
+    """It is not known whether that hangs: it had less than its own time, and is told as not tried."""
+    trial = Trial("name", "group", hang)
+    found = ward._tried(trial, 0.2)
+    assert (found.name, found.group, found.status) == ("name", "group", "not tried")
+    assert found.detail == "cut off after 0.2 s, when no time was left"
+    monkeypatch.setattr(ward, "LIMIT", 0.2)
+    assert ward._tried(trial, LIMIT).status == "hangs"
+
+
+def test_what_ends_before_the_time_for_all(monkeypatch):
+    """Its outcome is its own, however little was left for it."""
+    monkeypatch.setattr(ward, "LIMIT", 2 * LIMIT)
+    assert ward._tried(Trial("", "", str), LIMIT).status == "works"
+    assert ward._tried(Trial("", "", raiser(ValueError())), LIMIT).status == "fails"
+
+
+def test_what_is_tried_first(monkeypatch, capfd):
+    """What is asynclam's, and last what people try, which may hang; each with its place in the report."""
+    monkeypatch.setattr(ward, "run", lambda trial, limit: ward.Outcome(trial.name, "", "works"))
+    monkeypatch.setattr(sys, "argv", ["ward", str(LIMIT)])
+    ward.main()
+    outcomes = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [TRIALS[place].name for place, _ in outcomes] == [found["name"] for _, found in outcomes]
+    groups = list(dict.fromkeys(TRIALS[place].group for place, _ in outcomes))
+    assert groups == [
+        "asynclam itself",
+        "What asynclam does without",
+        "What asynclam needs",
+        "One of these, for large payloads",
+        "What people try",
+    ]
+
+
+def test_the_order_of_the_report():
+    """It is that of the list, in whatever order the trials were made."""
+    report = doctor.examine(seconds=0.0)
+    assert [trial["name"] for trial in report["trials"]] == [trial.name for trial in TRIALS]
+
+
+@pytest.mark.parametrize(
+    ("status", "works"),
+    [("works", True), ("fails", False), ("hangs", False), ("not tried", None), (None, None)],
+)
+def test_whether_it_works(monkeypatch, status, works):
+    """It does if a job has had its result; it is not known where none was tried."""
+    others = [{"name": "large payload", "status": "works"}]
+    own = [{"name": "run_cpu", "status": status}] if status else []
+    monkeypatch.setattr(doctor, "_tried", lambda _: others + own)
+    assert doctor.examine()["works"] is works
 
 
 def test_a_ward_that_does_not_start(monkeypatch):
@@ -161,14 +218,17 @@ def test_the_sizes_are_printed(monkeypatch, memory, line):
     assert line in marked
 
 
-def test_the_status_of_the_command(monkeypatch, capsys):
-    """The command's status says whether asynclam works."""
-    report = doctor.examine(seconds=0.0)
+@pytest.mark.parametrize(
+    ("works", "status", "told"), [(True, 0, "true"), (False, 1, "false"), (None, 1, "null")]
+)
+def test_the_status_of_the_command(monkeypatch, capsys, works, status, told):
+    """The command's status says whether asynclam works; what nobody has tried does not."""
+    report = {**doctor.examine(seconds=0.0), "works": works}
     monkeypatch.setattr(doctor, "examine", lambda: report)
-    assert _cli.main(["doctor"]) == 1
-    monkeypatch.setattr(doctor, "examine", lambda: {**report, "works": True})
-    assert _cli.main(["doctor", "--json"]) == 0
-    assert '"works": true' in capsys.readouterr().out
+    assert _cli.main(["doctor"]) == status
+    capsys.readouterr()
+    assert _cli.main(["doctor", "--json"]) == status
+    assert f'"works": {told}' in capsys.readouterr().out
 
 
 def test_the_handler_keeps_its_time(monkeypatch, capsys):
