@@ -215,7 +215,9 @@ def test_state_outside_of_a_handler():
 async def test_inside_a_running_loop(handlers):
     """Called in a running loop, as in an async test, it says what to write instead."""
     handler = handlers(echo)
-    with pytest.raises(RuntimeError, match=r"await asynclam\.testing\.invoke\(echo, event, context\)"):
+    with pytest.raises(
+        RuntimeError, match=r"await asynclam\.testing\.invoke\(echo, event, context\)"
+    ):
         handler(1, 2)
     assert await handler.__wrapped__(1, 2) == {"event": 1, "context": 2}
 
