@@ -31,7 +31,7 @@ class InlinePool:
         self.loop = loop
         self.rota = Rota(loop)
         self.counts = Counts()
-        self._tasks: dict[int, tuple[Job, Task[_worker.Reply]]] = {}  # of coroutines, by number
+        self._tasks: dict[int, tuple[Job, Task[_wire.Frame]]] = {}  # of coroutines, by number
         self._closing: Future[None] | None = None
         self._killed = False
 
@@ -75,16 +75,19 @@ class InlinePool:
         return _replied(reply)
 
     def _begin(self, job: Job) -> _wire.Frame | None:
-        begun = _coroutines.start(_sent(job), None, self.loop)
+        begun = _coroutines.start(_sent(job), None, self.loop, _replied)
         if isinstance(begun, tuple):
             return _replied(begun)
         self._tasks[job.number] = job, begun
         begun.add_done_callback(partial(self._ended, job))
         return None
 
-    def _ended(self, job: Job, task: Task[_worker.Reply]) -> None:
+    def _ended(self, job: Job, task: Task[_wire.Frame]) -> None:
         del self._tasks[job.number]
-        reply = _replied(_coroutines.outcome(task, job.number))
+        if task.cancelled():
+            reply = _replied(_coroutines.unended(task, job.number))
+        else:
+            reply = task.result()
         if job.future.done():  # cancelled, or killed
             reply.close()
             job.drop()

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 import struct
+import weakref
 from pathlib import Path
 
-from asynclam import remaining
+from asynclam import SharedBuffer, remaining
 from tests import jobs
 from tests.logging_jobs import NAME, request
 from tests.parts.gate import pass_through
@@ -19,6 +20,28 @@ _made: list[object] = []  # by the initializer
 async def echo(value, *, after=0):
     await asyncio.sleep(after)
     return value
+
+
+_filled = bytearray(300_000)  # bytes: more than go into a pickle, or into a frame
+
+
+async def fill(number):
+    """The same memory each time, with other contents."""
+    _filled[:] = bytes([number]) * len(_filled)
+    return _filled
+
+
+class Watched:
+    """Has weak references."""
+
+
+async def watch(value):
+    """Returns its argument, and tells how to see whether it is still there."""
+    watched[:] = [weakref.ref(value)]
+    return value
+
+
+watched: list[weakref.ref] = []
 
 
 async def a_generator():
@@ -98,6 +121,27 @@ async def ignore_a_cancel(path):
             return await through(path)
         except asyncio.CancelledError:
             continue
+
+
+async def return_a_buffer():
+    return SharedBuffer(1)
+
+
+async def return_a_buffer_when_cancelled():
+    try:
+        await asyncio.get_running_loop().create_future()
+    except asyncio.CancelledError:
+        return SharedBuffer(1)
+
+
+async def cancel_itself(result=None):
+    """As the last that it does, so that no await raises it."""
+    asyncio.current_task().cancel()
+    return result
+
+
+async def cancel_itself_with_a_buffer():
+    return await cancel_itself(SharedBuffer(1))
 
 
 async def hold_up(path):

@@ -154,6 +154,12 @@ async def test_large_arguments_and_results(executor, nbytes):
         assert bytes(buffer.view[:4]) == b"back"
 
 
+async def test_memory_that_several_return(executor):
+    """Each result is what its coroutine has left in it, not what the next one has written there."""
+    found = await asyncio.gather(*(executor.run_async(jobs.fill, number) for number in range(8)))
+    assert [set(result) for result in found] == [{number} for number in range(8)]
+
+
 async def test_what_cannot_travel(executor):
     """Arguments are refused at the door, results in the worker; neither harms the others."""
     with pytest.raises(PayloadError, match=r"argument 0 of .*echo"):
@@ -402,6 +408,15 @@ async def test_inline_it_is_cancelled_too(gate, tmp_path):
         with pytest.raises(asyncio.CancelledError):
             await task
     assert note.read_text() == "cancelled"
+
+
+@pytest.mark.parametrize("fn", [jobs.cancel_itself, jobs.cancel_itself_with_a_buffer])
+async def test_one_that_cancels_itself(executor, fn):
+    """That is its outcome, as it is in asyncio, whatever it returns."""
+    with pytest.raises(JobExitError) as caught:
+        await executor.run_async(fn)
+    assert isinstance(caught.value.original, asyncio.CancelledError)
+    assert await executor.run_async(jobs.echo, 1) == 1
 
 
 async def test_cancelled_by_another_of_its_worker(gate):

@@ -51,6 +51,19 @@ async def test_a_coroutine_that_cannot_be_begun():
         assert await executor.run_async(coroutine_jobs.echo, "next") == "next"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no task is eager")
+def test_eager_tasks():
+    """A coroutine that has ended before its task is known has its outcome all the same."""
+
+    async def main():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        async with Executor(0) as executor:
+            jobs = [executor.run_async(coroutine_jobs.fill, number) for number in range(3)]
+            return [result[0] for result in await asyncio.gather(*jobs)]
+
+    assert asyncio.run(main()) == [0, 1, 2]
+
+
 async def test_cancelled_as_it_ends():
     """A cancel that is heard of after the end of the coroutine has nothing to cancel."""
     async with Executor(0) as executor:
