@@ -528,7 +528,7 @@ def _find(reference: bytes) -> Callable[..., Any]:
 
 
 def _loads(frame: _wire.Frame) -> Any:
-    if not (frame.descriptors or frame.flags & _PARTICULAR):
+    if frame.descriptors == [] and not frame.flags & _PARTICULAR:
         return pickle.loads(frame.body)
     body, frame.body = frame.body, _EMPTY
     if frame.private or frame.flags & _wire.PIECES:

@@ -84,16 +84,23 @@ class InlinePool:
 
     def _ended(self, job: Job, task: Task[_wire.Frame]) -> None:
         del self._tasks[job.number]
-        if task.cancelled():
-            reply = _replied(_coroutines.unended(task, job.number))
+        try:
+            if task.cancelled():
+                reply = _replied(_coroutines.unended(task, job.number))
+            else:
+                reply = task.result()
+        except Exception as error:  # no memory for the reply; the loop would only log it
+            job.fail(error)
         else:
-            reply = task.result()
+            self._receive(job, reply)
+        self._advance_close()
+
+    def _receive(self, job: Job, reply: _wire.Frame) -> None:
         if job.future.done():  # cancelled, or killed
             reply.close()
             job.drop()
         else:
             self._settle(job, reply)
-        self._advance_close()
 
     def cancel(self, job: Job) -> None:
         """Cancels a coroutine; any other job has ended."""
@@ -162,14 +169,21 @@ def _sent(job: Job) -> _wire.Frame:
 def _replied(reply: _worker.Reply) -> _wire.Frame:
     kind, number, parts, flags, payload = reply
     descriptors = payload.descriptors if payload else []
-    buffers = _wire.encode(kind, number, parts, flags=flags, descriptors=len(descriptors))
-    received = _received(buffers, descriptors)
-    if payload:
-        payload.close()
-    return received
+    try:
+        buffers = _wire.encode(kind, number, parts, flags=flags, descriptors=len(descriptors))
+        return _received(buffers, descriptors)
+    finally:
+        _coroutines.drop(reply)
 
 
 def _received(buffers: Sequence[_wire.Part], descriptors: Sequence[int]) -> _wire.Frame:
-    """The frame as a receiver would have it, with descriptors of its own."""
-    copies = [os.dup(descriptor) for descriptor in descriptors]
-    return _wire.decode(b"".join(buffers), copies)
+    """The frame as a receiver would have it, with descriptors of its own if there is room for them."""
+    data = b"".join(buffers)
+    copies: list[int] = []
+    try:
+        for descriptor in descriptors:
+            copies.append(os.dup(descriptor))  # noqa: PERF401 - those before one that fails are closed
+    except OSError:
+        _wire.close_descriptors(copies)
+        return _wire.decode(data, None)
+    return _wire.decode(data, copies)

@@ -169,8 +169,8 @@ _ROOM = bytes(1 << 20)  # by which the body of a large frame grows
 _JOIN = 64 * 1024  # bytes: below it one copy is cheaper than another buffer in the send
 
 
-def decode(data: bytes, descriptors: list[int]) -> Frame:
-    """The frame that ``data`` is, as a whole; takes the descriptors over."""
+def decode(data: bytes, descriptors: list[int] | None) -> Frame:
+    """The frame that ``data`` is, as a whole; takes the descriptors over (``None``: they are lost)."""
     _, kind, _, flags, _, number = HEADER.unpack_from(data)
     return Frame(kind, flags, number, bytearray(memoryview(data)[HEADER.size :]), descriptors)
 

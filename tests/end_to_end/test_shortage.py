@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from asynclam import Executor, WorkerStartError, _forkserver
-from tests import jobs
+from asynclam import Executor, PayloadError, SharedBuffer, WorkerStartError, _forkserver, _inline
+from tests import coroutine_jobs, jobs
 from tests.parts.gate import pass_through
 from tests.parts.processes import stopped
 
@@ -50,6 +50,58 @@ async def test_no_descriptor_for_a_fork_server(descriptors, left):
         assert caught.value.__cause__.errno == errno.EMFILE
         descriptors()
         assert await executor.run_cpu(jobs.echo, 2) == 2
+
+
+_buffers: list[SharedBuffer] = []
+
+
+def return_buffers():
+    return _buffers
+
+
+async def return_buffers_at_last():
+    return _buffers
+
+
+@pytest.fixture
+def buffers():
+    """Eight, which what returns them has already."""
+    _buffers[:] = [SharedBuffer(1) for _ in range(8)]
+    yield _buffers
+    while _buffers:
+        _buffers.pop().close()
+
+
+@pytest.mark.parametrize("run", [Executor.run_cpu, Executor.run_async])
+async def test_no_descriptor_inline(descriptors, buffers, run):
+    """A result or argument that cannot be received here is lost as in a worker, and leaves nothing open."""
+    is_plain = run is Executor.run_cpu
+    returns = return_buffers if is_plain else return_buffers_at_last
+    echo = (jobs if is_plain else coroutine_jobs).echo
+    async with Executor(0) as executor:
+        descriptors(12)
+        for call in (run(executor, returns), run(executor, echo, buffers)):
+            with pytest.raises(PayloadError, match="a SharedBuffer was lost"):
+                await call
+        descriptors()
+        received = await run(executor, returns)
+        assert len(received) == len(buffers)
+        for buffer in received:
+            buffer.close()
+
+
+async def test_no_memory_inline(monkeypatch):
+    """A coroutine whose reply cannot even be joined has that for its outcome."""
+
+    def refuse(reply):
+        raise MemoryError
+
+    async with Executor(0) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(_inline, "_replied", refuse)
+            with pytest.raises(MemoryError):
+                await executor.run_async(coroutine_jobs.echo, 1)
+        assert await executor.run_async(coroutine_jobs.echo, 2) == 2
 
 
 async def test_a_stopped_worker_outlives_its_fork_server(gate):
