@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, cast
-
-if TYPE_CHECKING:
-    from anyio import CapacityLimiter
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 
@@ -20,17 +18,17 @@ class Threads:
 
     def __init__(self) -> None:
         self.busy = self.abandoned = 0
-        self._limiters: dict[asyncio.AbstractEventLoop, CapacityLimiter] = {}
+        self._slots: dict[asyncio.AbstractEventLoop, _Slots] = {}
 
     async def run(self, fn: Callable[[], T]) -> T:
         """Runs ``fn`` in a thread as soon as there is one; a cancel abandons it."""
         import anyio.to_thread  # its backend takes 24 ms at a cold start, which run_cpu can do without
 
         loop = asyncio.get_running_loop()
-        borrowing = _Borrowing(self, self._limiter(loop))
-        # On behalf of the thread, not of this task: it outlives a call that is abandoned.
-        await borrowing.limiter.acquire_on_behalf_of(borrowing)
+        slots = self._slots_of(loop)
+        await slots.acquire()
         self.busy += 1
+        borrowing = _Borrowing(self, slots)  # of the thread: it outlives a call that is abandoned
 
         def call() -> T | None:
             if not borrowing.claim():
@@ -52,21 +50,54 @@ class Threads:
             raise
         return cast("T", result)
 
-    def _limiter(self, loop: asyncio.AbstractEventLoop) -> CapacityLimiter:
-        import anyio
+    def _slots_of(self, loop: asyncio.AbstractEventLoop) -> _Slots:
+        if loop not in self._slots:
+            for known in [known for known in self._slots if known.is_closed()]:
+                del self._slots[known]
+            self._slots[loop] = _Slots(LIMIT)
+        return self._slots[loop]
 
-        if loop not in self._limiters:
-            for known in [known for known in self._limiters if known.is_closed()]:
-                del self._limiters[known]
-            self._limiters[loop] = anyio.CapacityLimiter(LIMIT)
-        return self._limiters[loop]
+
+class _Slots:
+    """The threads that one loop may have at once; who waits for one has it in his turn.
+
+    Not anyio's CapacityLimiter: in older versions a cancel can leave a slot taken, and a turn unused.
+    """
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+
+    async def acquire(self) -> None:
+        """Waits for a slot."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting[turn] = None
+        try:
+            await turn
+        except BaseException:
+            self._waiting.pop(turn, None)
+            if turn.done() and not turn.cancelled():  # it and the cancel came in the same moment
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Gives the slot to who has waited longest."""
+        while self._waiting:
+            turn, _ = self._waiting.popitem(last=False)
+            if not turn.done():  # else it is cancelled, and its task has not run since
+                turn.set_result(None)
+                return
+        self._free += 1
 
 
 class _Borrowing:
     """One thread that is busy, and whether anybody waits for it."""
 
-    def __init__(self, threads: Threads, limiter: CapacityLimiter) -> None:
-        self.limiter = limiter
+    def __init__(self, threads: Threads, slots: _Slots) -> None:
+        self._slots = slots
         self._threads = threads
         self._claim = (
             threading.Lock()
@@ -90,4 +121,4 @@ class _Borrowing:
         self._ended = True
         self._threads.busy -= 1
         self._threads.abandoned -= self._abandoned
-        self.limiter.release_on_behalf_of(self)
+        self._slots.release()

@@ -86,19 +86,53 @@ async def test_a_cancel_abandons_the_thread(monkeypatch):
 
 
 async def test_cancelling_before_the_thread_runs():
-    """However early a call is cancelled, its slot is free again."""
+    """However early a call is cancelled, that is its outcome, and its slot is free again."""
     executor = Executor(1)
-    for ticks in range(40):
+    for ticks in range(8 * (_threads.LIMIT + 1)):
         task = asyncio.ensure_future(executor.run_blocking(threading.get_ident))
         for _ in range(ticks % 8):
             await asyncio.sleep(0)
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError | int)
     results = [executor.run_blocking(threading.get_ident) for _ in range(40)]
     await asyncio.gather(*results)
     while executor.statistics().threads_busy:
         await asyncio.sleep(0)
     assert executor.statistics().threads_abandoned == 0
+
+
+@pytest.mark.parametrize("first", ["cancel", "release"])
+async def test_cancelling_one_that_waits(first):
+    """Its turn, if it has had it in that moment, is the next one's."""
+    slots = _threads._Slots(1)
+    await slots.acquire()
+    tasks = [asyncio.ensure_future(slots.acquire()) for _ in range(3)]
+    await asyncio.sleep(0)
+    for step in (tasks[0].cancel, slots.release)[:: 1 if first == "cancel" else -1]:
+        step()
+    outcomes = await asyncio.gather(*tasks[:2], return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError, type(None)]
+    await asyncio.sleep(0)
+    assert not tasks[2].done()
+    slots.release()
+    await tasks[2]
+    slots.release()
+    await slots.acquire()
+
+
+async def test_dropping_one_that_waits():
+    """A call whose loop is closed under it gives back no slot that it has not had."""
+    slots = _threads._Slots(1)
+    await slots.acquire()
+    waiting = slots.acquire()
+    waiting.send(None)
+    waiting.close()
+    another = asyncio.ensure_future(slots.acquire())
+    await asyncio.sleep(0)
+    assert not another.done()
+    slots.release()
+    await another
 
 
 def test_a_thread_outlives_its_loop():
