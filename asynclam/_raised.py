@@ -51,9 +51,9 @@ def _text(error: BaseException) -> str:
 
 
 def _format(error: BaseException) -> str:
-    import traceback  # only now: few jobs raise
-
     try:
+        import traceback  # only now: few jobs raise
+
         return "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except BaseException as broken:
         return f"{_type_name(error)}: {_text(error)} (no traceback: {type(broken).__name__})\n"

@@ -266,7 +266,7 @@ class Worker:
     ) -> None:
         lease, descriptors = None, payload.descriptors if payload else []
         if payload and (size := _payload.size_of(payload.parts)) >= _payload.LEAST_IN_SEGMENT:
-            lease = self._end().outgoing.acquire(size)
+            lease = self._lease(size)
         if payload and lease:
             from . import _segments
 
@@ -284,6 +284,12 @@ class Worker:
             self._end().outgoing.sent(lease)
         if payload:
             payload.close()
+
+    def _lease(self, nbytes: int) -> _segments.Lease | None:
+        try:
+            return self._end().outgoing.acquire(nbytes)
+        except OSError:  # at the limit of descriptors not even the module can be imported
+            return None
 
     def _end(self) -> _segments.End:
         from . import _segments

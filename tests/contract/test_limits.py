@@ -89,3 +89,11 @@ def grow():
     over += growth.is_over() << 2
     del before
     os._exit(over)
+
+
+def test_memory_that_cannot_be_told(monkeypatch):
+    """A process that has no descriptor left for it is over: whoever asks replaces it."""
+    growth = _limits.Growth(1 << 40)
+    assert not growth.is_over()
+    monkeypatch.setattr(_limits, "_STATM", "/no/such/file")
+    assert growth.is_over()

@@ -563,6 +563,15 @@ def test_a_traceback_that_cannot_be_formatted(monkeypatch):
     assert "(no traceback: OSError)" in "".join(traceback.format_exception(error))
 
 
+def test_a_traceback_that_nothing_can_format(monkeypatch):
+    """The same where the module for it cannot be imported, as at the limit of descriptors."""
+    monkeypatch.setitem(sys.modules, "traceback", None)
+    error = _raised.loads(_raised.dumps(KeyError("key")), "a job", 1)
+    monkeypatch.undo()
+    assert isinstance(error, KeyError)
+    assert "(no traceback: ModuleNotFoundError)" in "".join(traceback.format_exception(error))
+
+
 class Unnameable(Exception):
     """What not even its class can be pickled of."""
 

@@ -1,14 +1,16 @@
 """How a worker's process ends by itself, and takes along what jobs have spawned."""
 
+import errno
 import os
 import select
 import signal
 import socket
 import subprocess
+import threading
 
 import pytest
 
-from asynclam import _worker
+from asynclam import _payload, _wire, _worker
 from asynclam._errors import CHANNEL_LOST
 from tests.parts.processes import in_child
 
@@ -70,6 +72,28 @@ def test_a_lost_channel():
     channel = socket.socket()
     channel.close()
     assert in_child(serve, channel) == CHANNEL_LOST
+
+
+def test_no_descriptor_for_a_segment(monkeypatch):
+    """A large result goes in its frame where not even the module of segments can be imported."""
+    ours, theirs = socket.socketpair()
+    worker = _worker.Worker(theirs, lambda order: True, lambda: None, lambda *_: None)
+    monkeypatch.setattr(worker, "_end", no_descriptor)
+    payload = _payload.dumps(bytes(_payload.LEAST_IN_SEGMENT))
+    sender = threading.Thread(
+        target=worker._reply, args=(_wire.RESULT, 1, payload.parts, payload.flags, payload)
+    )
+    with ours, theirs:
+        sender.start()
+        reply = next(_worker.frames(ours))
+        sender.join()
+    assert _payload.loads(reply.body, reply.flags, reply.descriptors) == bytes(
+        _payload.LEAST_IN_SEGMENT
+    )
+
+
+def no_descriptor():
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def ended(descriptor):

@@ -104,6 +104,39 @@ async def test_no_memory_inline(monkeypatch):
         assert await executor.run_async(coroutine_jobs.echo, 2) == 2
 
 
+def take_descriptors(then):
+    """Keeps all that a low limit leaves to this worker."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    try:
+        while True:
+            jobs.keep(os.dup(0))
+    except OSError:
+        return then()
+
+
+def a_large_result():
+    return bytes(500_000)
+
+
+def fail():
+    raise KeyError("key")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("most", [None, 1 << 40], ids=["any memory", "limited memory"])
+async def test_a_worker_at_its_limit(most, method):
+    """What its job returns or raises is the outcome; who cannot tell what he has taken is replaced."""
+    async with Executor(1, max_memory_per_child=most, start_method=method) as executor:
+        first = await executor.run_cpu(jobs.pid)
+        assert await executor.run_cpu(take_descriptors, a_large_result) == bytes(500_000)
+        is_kept = most is None
+        assert (await executor.run_cpu(jobs.pid) == first) == is_kept
+        with pytest.raises(KeyError):
+            await executor.run_cpu(take_descriptors, fail)
+        now = executor.statistics()
+    assert (now.worker_deaths, now.workers_grown) == (0, 0 if is_kept else 2)
+
+
 async def test_a_stopped_worker_outlives_its_fork_server(gate):
     """The kernel hangs up on stopped children of a process that dies; a worker takes no notice."""
     async with Executor(1) as executor:
