@@ -1,27 +1,32 @@
 """Large payloads, dumped and loaded in steps between which the event loop has its turn.
 
-Theory of operation. A pickler, and its memo, persists over several dumps, and an unpickler over as
-many loads. First comes a list of placeholders: for each large list, dictionary and set an empty one,
-for each large bytes and bytearray a buffer that is set aside. Then the memo is told that these
-placeholders *are* the large objects, so wherever one of them is met from here on it is a reference.
-Then come the items of the large containers, piece by piece, which the other side adds to the
-placeholder; last the object itself. Identity, sharing and cycles survive, as in one pickle. Bytes,
-which pickle would copy into the pickle and out again, are copied once on each side.
+Theory of operation. A pickler, and its memo, persists over many dumps, and an unpickler over as many
+loads; the pickles lie one behind the other. They are what one pickle would have been, cut into pieces
+and in the same order, because what is unpickled may look at what it is given (``__setstate__``,
+``__hash__``, what ``__reduce__`` names) and must find it as full as pickle would have it: a large list,
+dictionary or set is made empty; then come its items, piece by piece, which are added to it by the
+thousand, as pickle does; where one of them is itself to be divided, it is made and filled before the
+next item comes; last comes the object itself. The memo knows a container from the moment at which it
+is made, so wherever it is met after that it is a reference. What is met before, in an instance's
+attribute say, is dumped whole there, and is a reference afterwards. Identity, sharing and cycles
+survive, as in one pickle. Bytes, which pickle would copy into the pickle and out again, are set aside
+and copied once on each side; they come first of all, since they cannot be half full.
 
 Its limits. Large objects are found in a bounded walk through exact lists, tuples, dictionaries and
-sets: what is only reached through an instance's attributes, a large tuple, and what a single
-``__reduce__`` gives, goes in one go. A container that changes its size while it is dumped is an error;
-one that changes otherwise is dumped as it is found. The memo cannot be divided: it holds what may be
-shared (no numbers), grows by doubling, and is dropped at once; steps of 50 ms for a million objects.
-So grows a dictionary or set that is loaded.
+sets: what is first met in an instance's attributes, a large tuple, and what a single ``__reduce__``
+gives, goes in one go. A container that changes its size while it is dumped is an error; one that
+changes otherwise is dumped as it is found. The memo cannot be divided: it holds what may be shared (no
+numbers), grows by doubling, and is dropped at once; steps of 50 ms for a million objects. So grows a
+dictionary or set that is loaded.
 """
 
 from __future__ import annotations
 
 import _pickle as pickle
+import collections
 import gc
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -86,14 +91,15 @@ class _Survey:
         looks: and at how many in all.
 
     Attributes:
-        containers: those to divide, outer ones first, each with the most items to dump at once.
+        divided: by their ids, the containers to divide, each with the most items to dump at once; and
+            the tuples on the way to them.
         blobs: large bytes and bytearrays.
     """
 
-    __slots__ = ("_above", "_found", "_most", "_seen", "blobs", "containers")
+    __slots__ = ("_above", "_found", "_most", "_seen", "blobs", "divided")
 
     def __init__(self, root: Any, most: int, items: int, looks: int) -> None:
-        self.containers: list[tuple[Any, int]] = []
+        self.divided: dict[int, tuple[Any, int]] = {}
         self.blobs: list[bytes | bytearray] = []
         self._most = most
         self._seen: set[int] = set()
@@ -128,13 +134,17 @@ class _Survey:
     def _divide(self, weights: list[float]) -> None:
         if weights[0] <= _LARGE_GRAPH:
             return
-        for container, weight in zip(self._found, weights, strict=True):
-            if type(container) in _DIVISIBLE and weight > _LARGE_CONTAINER:
+        on_the_way = set()
+        for index in range(len(weights) - 1, -1, -1):  # inner ones first
+            container, weight = self._found[index], weights[index]
+            is_divisible = type(container) in _DIVISIBLE and weight > _LARGE_CONTAINER
+            if is_divisible or index in on_the_way:
                 most = max(1, int(_PIECE_GRAPH * len(container) / weight))
-                self.containers.append((container, most))
+                self.divided[id(container)] = container, most
+                on_the_way.add(self._above[index])
 
     def __bool__(self) -> bool:
-        return bool(self.containers or self.blobs)
+        return bool(self.divided or self.blobs)
 
 
 def _weigh(found: list[Any], above: list[int], looked: list[int]) -> list[float]:
@@ -155,6 +165,15 @@ _STEP = 0.001  # seconds that a step aims at
 _PIECE = 0.3  # of a step is a piece: to load one takes up to three times as long as to dump it
 _STEP_BYTES = 1 << 20  # and what it may dump: loading copies large bytes, dumping does not
 _FIRST = 64  # items of the first piece
+_BATCH = 1_000  # items that pickle adds to a container together: what is unpickled may see it grow
+# Pickles of an empty container that is in the memo, and of None.
+_MADE: dict[type, bytes] = {
+    list: b"\x80\x05]\x94.",
+    dict: b"\x80\x05}\x94.",
+    set: b"\x80\x05\x8f\x94.",
+}
+_FILLED = b"\x80\x05N."
+_SMALL_MEMO = 16 * 1024  # bytes of pickles, whose memo is copied in 1 ms at most
 
 
 class ChangedError(RuntimeError):
@@ -180,7 +199,7 @@ def dump_steps(
     refused: Exception | None = None
     if not by_value:
         try:
-            return (yield from _dump_steps(obj, pickle.Pickler, main_is_shared=main_is_shared))
+            return (yield from _dump_steps(obj, _Pickler, main_is_shared=main_is_shared))
         except ChangedError:
             raise
         except Exception as error:
@@ -197,20 +216,29 @@ def dump_steps(
         raise refused from None
 
 
+class _Pickler(pickle.Pickler):
+    """One whose ``persistent_id`` can be set, in all versions of Python."""
+
+
+class _MetError(Exception):
+    """A container was not in the memo: the pickler has come to its items."""
+
+
 class _Dump:
     """A pickler that persists, and what it has written and set aside."""
 
     def __init__(self, make: Callable[..., pickle.Pickler], *, main_is_shared: bool) -> None:
         self.descriptors: list[int] = []
-        self.sections: list[tuple[int, list[_wire.Part]]] = []
+        self.parts: list[_wire.Part] = []
         self.buffers: list[memoryview] = []
         self._main_is_shared = main_is_shared
-        self.pickler = make(self, protocol=5, buffer_callback=self._set_aside)
+        self._pickled = 0  # bytes
+        self.pickler: Any = make(self, protocol=5, buffer_callback=self._set_aside)
 
     def write(self, part: Any) -> None:
         """What the pickler calls: a frame of 64 KiB, or the very object where that is larger."""
         # As a memoryview a bytearray keeps the length that the pickler has written down.
-        self.sections[-1][1].append(part if type(part) is bytes else memoryview(part))
+        self.parts.append(part if type(part) is bytes else memoryview(part))
 
     def _set_aside(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -221,9 +249,7 @@ class _Dump:
 
     def dump(self, obj: object) -> int:
         """Dumps one more object; returns how many bytes that took."""
-        parts: list[_wire.Part] = []
-        self.sections.append((_payload.PICKLE, parts))
-        aside = len(self.buffers)
+        written, aside = len(self.parts), len(self.buffers)
         # Only now: between the steps, this thread may pickle something else.
         travel.outgoing = self.descriptors
         try:
@@ -234,28 +260,68 @@ class _Dump:
             travel.outgoing = None
         if len(self.descriptors) > _payload.MOST_DESCRIPTORS:
             raise _payload.too_many(self.descriptors)
+        parts = self.parts[written:]
         if not self._main_is_shared and any(
             type(part) is bytes and b"__main__" in part for part in parts
         ):
             raise pickle.PicklingError("it names something in __main__")
-        return sum(map(len, parts)) + sum(map(len, self.buffers[aside:]))
+        nbytes = sum(map(len, parts))
+        self._pickled += nbytes
+        return nbytes + sum(map(len, self.buffers[aside:]))
 
-    def place(self, survey: _Survey) -> None:
-        """Dumps placeholders, and makes all references to what they stand for references to them."""
-        containers = [container for container, _ in survey.containers]
-        originals = [*containers, *survey.blobs]
-        placeholders: list[Any] = [type(container)() for container in containers]
-        placeholders += map(_Blob, survey.blobs)
+    def place(self, blobs: list[bytes | bytearray]) -> None:
+        """Dumps large bytes: all references to them are to what is first in the payload."""
+        placeholders = list(map(_Blob, blobs))
         self.dump(placeholders)
         memo = self.pickler.memo.copy()
-        for placeholder, original in zip(placeholders, originals, strict=True):
+        for placeholder, blob in zip(placeholders, blobs, strict=True):
             index, _ = memo.pop(id(placeholder))
-            memo[id(original)] = index, original
+            memo[id(blob)] = index, blob
         self.pickler.memo = memo
+
+    def make(self, container: Any) -> bool:
+        """Lets it be made, empty, unless the memo knows it already; returns whether it did."""
+        enter = self._enter if self._pickled < _SMALL_MEMO else self._enter_large
+        if not enter(container):
+            return False
+        self.parts.append(_MADE[type(container)])
+        return True
+
+    def _enter(self, container: Any) -> bool:
+        memo = self.pickler.memo.copy()
+        if id(container) in memo:
+            return False
+        memo[id(container)] = len(memo), container
+        self.pickler.memo = memo
+        return True
+
+    def _enter_large(self, container: Any) -> bool:
+        """To copy a large memo would take long, so the pickler is stopped once it has made its entry.
+
+        From then on it asks a function for each object, which makes it slower by a fifth.
+        """
+        calls = iter((1, 2))  # for the tuple, and the container
+
+        def twice(_: object) -> None:
+            if not next(calls, 0):
+                raise _MetError
+
+        self.pickler.persistent_id = twice
+        try:
+            self.dump((container,))  # as a tuple, of which there may be too many
+        except _MetError:
+            return True
+        finally:
+            self.pickler.persistent_id = _nothing
+        return False
+
+    def filled(self) -> None:
+        """That which was made last has all its items."""
+        self.parts.append(_FILLED)
 
     def payload(self, blobs: list[bytes | bytearray]) -> _payload.Payload:
         """All of it, when the last object was dumped."""
-        contents = self.sections
+        contents: _payload.Contents = [(_payload.PICKLE, self.parts)]
         for index, buffer in enumerate(self.buffers):
             # Those of the placeholders were set aside first, all of them: LARGE_BYTES > ASIDE.
             kind = _payload.VIEW
@@ -265,6 +331,9 @@ class _Dump:
         return _payload.Payload(
             _payload.lay_out(contents), _wire.BUFFERS | _wire.PIECES, self.descriptors
         )
+
+
+_nothing = collections.deque[object](maxlen=0).append  # the fastest function that returns None
 
 
 class _Blob:
@@ -290,14 +359,15 @@ def _dump_steps(
     survey = _Survey(obj, *_LOOK)
     dump = _Dump(make, main_is_shared=main_is_shared)
     try:
-        dump.place(survey)
+        dump.place(survey.blobs)
         pace = _Pace()
-        # Inner ones first: where a key's hash depends on one, it is full by then.
-        for index in range(len(survey.containers) - 1, -1, -1):
-            for piece in _pieces(*survey.containers[index], pace):
-                pace.begin()
-                if pace.end(dump.dump((index, piece)), len(piece)):
-                    yield
+        for piece in _pieces(obj, survey.divided, pace, dump):
+            pace.begin()
+            nbytes, items = dump.dump(piece), len(piece)
+            if type(piece) is list:
+                piece.clear()  # the memo keeps it
+            if pace.end(nbytes, items):
+                yield
         yield
         dump.dump(obj)
         return dump.payload(survey.blobs)
@@ -323,8 +393,11 @@ class _Pace:
     def end(self, nbytes: int, items: int) -> bool:
         """Learns from a piece; returns whether the step is over."""
         spent = max((perf_counter() - self._begun) / _STEP, nbytes / _STEP_BYTES, 1e-3)
-        # Not more than double: one cheap piece says little about the next.
-        self.items = max(1, min(int(items * _PIECE / spent), 2 * items))
+        fitting = max(1, int(items * _PIECE / spent))
+        if fitting > items:
+            # Not more than double: one cheap piece says little about the next, and nothing if short.
+            fitting = max(self.items, min(fitting, 2 * items))
+        self.items = fitting
         self._spent += spent
         if self._spent < 1 - _PIECE:
             return False
@@ -332,27 +405,84 @@ class _Pace:
         return True
 
 
-def _pieces(container: Any, most: int, pace: _Pace) -> Iterator[Any]:
-    """The items of a container, ``most`` at a time, or as many as the pace says."""
-    if type(container) is list:
-        yield from _slices(container, most, pace)
-        return
-    source = iter(container.items() if type(container) is dict else container)
-    kind = dict if type(container) is dict else list
+def _pieces(
+    obj: Any, divided: dict[int, tuple[Any, int]], pace: _Pace, dump: _Dump
+) -> Iterator[Sequence[Any]]:
+    """What is to be dumped before ``obj``: pieces, in the order in which pickle would come to them.
+
+    Those of a tuple are tuples: it can only be made when all is there, so they are for the memo.
+    """
+    filling: list[tuple[Any, Iterator[_Cut]]] = []  # each of them in the one before
+    inner = divided.pop(id(obj), None)
+    while filling or inner:
+        if inner:
+            container, most = inner
+            if type(container) is tuple or dump.make(container):
+                filling.append((container, _cut(_slices(container, most, pace), divided)))
+        container, cuts = filling[-1]
+        piece, inner = next(cuts, _END)
+        if piece:
+            yield piece
+        elif piece is None:
+            filling.pop()
+            if type(container) is not tuple:
+                dump.filled()
+
+
+_Cut = tuple[Sequence[Any] | None, tuple[Any, int] | None]
+_END: _Cut = (None, None)
+
+
+def _cut(slices: Iterator[Sequence[Any]], divided: dict[int, tuple[Any, int]]) -> Iterator[_Cut]:
+    """The slices of a container, and those of its items that are to be divided, each before it comes."""
+    looked = 0
+    for piece in slices:
+        start = 0
+        if (
+            divided and looked < 2 * _LOOK[1]
+        ):  # those that were found, with the keys of dictionaries
+            for index, item in enumerate(piece):
+                inner = divided.pop(id(item), None)
+                if inner:
+                    yield piece[start:index], inner
+                    start = index
+            looked += len(piece)
+        yield piece[start:] if start else piece, None
+
+
+def _slices(container: Any, most: int, pace: _Pace) -> Iterator[Sequence[Any]]:
+    """The items of a container, ``most`` at a time, or as many as the pace says; never of two batches.
+
+    Those of a dictionary are keys and values by turns.
+    """
+    if type(container) is dict:
+        source = itertools.chain.from_iterable(container.items())
+        yield from _taken(container, source, 2 * most, 2 * _BATCH, pace)
+    elif type(container) is set:
+        yield from _taken(container, iter(container), most, _BATCH, pace)
+    else:
+        yield from _sliced(container, most, pace)
+
+
+def _taken(
+    container: Any, source: Iterator[Any], most: int, batch: int, pace: _Pace
+) -> Iterator[list[Any]]:
+    taken = 0
     while True:
         try:
-            piece: Any = kind(itertools.islice(source, min(most, pace.items)))
+            piece = list(itertools.islice(source, min(most, pace.items, batch - taken % batch)))
         except RuntimeError as error:  # what iterators of dictionaries and sets say
             raise _changed(container) from error
         if not piece:
             return
+        taken += len(piece)
         yield piece
 
 
-def _slices(items: list[Any], most: int, pace: _Pace) -> Iterator[list[Any]]:
+def _sliced(items: Sequence[Any], most: int, pace: _Pace) -> Iterator[Sequence[Any]]:
     length, start = len(items), 0
     while start < length:
-        piece = items[start : start + min(most, pace.items)]
+        piece = items[start : start + min(most, pace.items, _BATCH - start % _BATCH)]
         start += len(piece)
         yield piece
         if len(items) != length:
@@ -393,21 +523,17 @@ def load_steps(
         raise _payload.lost()
     if not flags & _wire.BUFFERS:
         return _payload.loads(body, flags, descriptors)
-    sections: list[memoryview] = []
     buffers: list[Any] = []
-    contents = _payload.split(memoryview(body))
-    while contents:
-        kind, view = contents.pop(0)
-        if kind == _payload.PICKLE:
-            sections.append(view)
-        elif kind == _payload.VIEW and not private:
+    (_, pickles), *contents = _payload.split(memoryview(body))
+    for kind, view in contents:
+        if kind == _payload.VIEW and not private:
             buffers.append(view)
         else:
             buffers.append(
                 (yield from _copied(bytes if kind == _payload.BYTES else bytearray, view))
             )
-    del view
-    return (yield from _load_sections(sections, buffers, descriptors))
+    del contents
+    return (yield from _load_pieces(_Source(pickles), buffers, descriptors))
 
 
 def _copied(
@@ -426,13 +552,17 @@ def _copied(
     return blank
 
 
-class _Sections:
-    """The file from which the unpickler reads one section after the other."""
+class _Source:
+    """The file from which the unpickler reads one pickle after the other."""
 
     __slots__ = ("_position", "_view")
 
-    def open(self, view: memoryview) -> None:
+    def __init__(self, view: memoryview) -> None:
         self._view, self._position = view, 0
+
+    def is_read(self) -> bool:
+        """Whether nothing is left."""
+        return self._position >= len(self._view)
 
     def read(self, nbytes: int) -> bytes:
         start = self._position
@@ -454,14 +584,12 @@ class _Sections:
         return rest[:end]
 
 
-def _load_sections(
-    sections: list[memoryview], buffers: list[Any], descriptors: list[int]
+def _load_pieces(
+    source: _Source, buffers: list[Any], descriptors: list[int]
 ) -> Generator[None, None, Any]:
-    source = _Sections()
     unpickler = pickle.Unpickler(source, buffers=buffers)
 
-    def load(section: memoryview) -> Any:
-        source.open(section)
+    def load() -> Any:
         travel.incoming = descriptors
         try:
             return unpickler.load()
@@ -470,28 +598,54 @@ def _load_sections(
         finally:
             travel.incoming = None
 
-    sections.reverse()
-    if len(sections) == 1:
-        return load(sections.pop())
-    placeholders = load(sections.pop())
+    loaded = load()
+    if source.is_read():
+        return loaded
     no_collection = _NoCollection()
-    while len(sections) > 1:
+    filling: list[tuple[Any, list[Any]]] = []
+    while True:
         with no_collection:
             end = perf_counter() + _STEP
             while True:
-                _fill(placeholders, *load(sections.pop()))
-                if len(sections) == 1 or perf_counter() > end:
+                loaded = load()
+                if source.is_read():
+                    return loaded
+                _fill(filling, loaded)
+                if perf_counter() > end:
                     break
         yield
-    return load(sections.pop())
 
 
-def _fill(placeholders: list[Any], index: int, items: Any) -> None:
-    placeholder = placeholders[index]
-    if type(placeholder) is list:
-        placeholder.extend(items)
+def _fill(filling: list[tuple[Any, list[Any]]], loaded: Any) -> None:
+    """Does with what was loaded what :func:`_pieces` means by it.
+
+    Args:
+        filling: the containers that are being filled, each in the one before, and the items that are
+            still to be added, a whole batch of them at once.
+        loaded: the next piece.
+    """
+    if type(loaded) is tuple:
+        return  # for the memo
+    if loaded is None:
+        _add(*filling.pop())
+    elif not loaded:
+        filling.append((loaded, []))
     else:
-        placeholder.update(items)
+        container, items = filling[-1]
+        items += loaded
+        loaded.clear()  # the memo keeps it
+        if len(items) == (2 * _BATCH if type(container) is dict else _BATCH):
+            _add(container, items)
+            items.clear()
+
+
+def _add(container: Any, items: list[Any]) -> None:
+    if type(container) is list:
+        container.extend(items)
+    elif type(container) is set:
+        container.update(items)
+    else:
+        container.update(zip(items[::2], items[1::2], strict=True))
 
 
 class _NoCollection:

@@ -143,6 +143,144 @@ def test_graphs(description):
     assert drawing(arrived) == drawing(pickle.loads(pickle.dumps(root, protocol=5)))
 
 
+# --- objects that look at what they hold ------------------------------------------------------------
+
+events = []  # what they have seen, in the order in which they were dumped or loaded
+
+
+def look(item, depth=2):
+    """How full a container is, and the first of what is in it."""
+    if not isinstance(item, (list, dict, set, tuple)):
+        return type(item).__name__
+    inner = item.values() if isinstance(item, dict) else () if isinstance(item, set) else item
+    return type(item).__name__, len(item), [look(item, depth - 1) for item in list(inner)[:depth]]
+
+
+class Looks:
+    """It looks in ``__setstate__``; and where its hash is needed, which may be before that."""
+
+    held: object = None
+
+    def __getstate__(self):
+        events.append("dumped")
+        return {"held": self.held}
+
+    def __setstate__(self, state):
+        self.held = state["held"]
+        events.append(look(self.held, 3))
+
+    def __hash__(self):
+        events.append(("hash", look(self.held)))
+        return hash(str(look(self.held)))
+
+
+class Built(Looks):
+    """It looks when it is built, by the function that ``__reduce__`` names."""
+
+    def __init__(self, held):
+        self.held = held
+        events.append(("built", look(held, 3)))
+
+    def __reduce__(self):
+        events.append("reduced")
+        return Built, (self.held,)
+
+
+looking_nodes = st.lists(
+    st.tuples(
+        st.sampled_from([list, list, dict, set, tuple, Looks, Built]),
+        st.lists(st.integers(0, 15), max_size=7),
+    ),
+    min_size=2,
+    max_size=16,
+)
+
+
+def looking_graph(description):
+    """Like the other one; a tuple and what is built hold only what is before them."""
+    built = [Looks() if kind is Built else kind() for kind, _ in description]
+    for index, (kind, contents) in enumerate(description):
+        known = index if kind in (tuple, Built) else len(built)
+        items = [built[item] for item in contents if item < known]
+        keys = [item for item in items if isinstance(item, Looks)]
+        if kind is list:
+            built[index].extend(items)
+        elif kind is dict:
+            built[index].update(enumerate(items))
+            built[index].update(zip(keys, items, strict=False))
+        elif kind is set:
+            built[index].update(keys)
+        elif kind is tuple:
+            built[index] = tuple(items)
+        elif kind is Looks:
+            built[index].held = items[0] if len(items) == 1 else items
+        else:
+            built[index] = Built(tuple(items))
+    return built
+
+
+def seen_by(transport, value):
+    """The events of a journey, and the graph that arrived."""
+    events.clear()
+    arrived = transport(value)
+    seen = list(events)
+    return seen, look(arrived, 5)
+
+
+def with_pickle(value):
+    return pickle.loads(pickle.dumps(value, protocol=5))
+
+
+@given(
+    looking_nodes,
+    st.sampled_from([0, 3, 6]),
+    st.sampled_from([(300, 256, 10_000), (5, 2, 8)]),
+    st.sampled_from([0, 100, 1 << 14]),
+    st.booleans(),
+)
+def test_objects_that_look(description, large, glance, small_memo, by_value):
+    """All that looks into a container while it is unpickled sees there what it would in one pickle."""
+    root = looking_graph(description)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch)
+        monkeypatch.setattr(_steps, "_LARGE_CONTAINER", large)
+        monkeypatch.setattr(_steps, "_LOOK", glance)
+        monkeypatch.setattr(_steps, "_SMALL_MEMO", small_memo)
+        in_steps = seen_by(lambda value: there_and_back(value, by_value=by_value), root)
+    assert in_steps == seen_by(with_pickle, root)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", [list, dict, set])
+def test_objects_that_look_at_where_they_are(kind):
+    """They see it grow as pickle lets it grow, by the thousand."""
+    items = [Looks() for _ in range(2500)]
+    container = dict(zip(items, items, strict=True)) if kind is dict else kind(items)
+    for item in items:
+        item.held = container
+    in_steps = seen_by(there_and_back, [container, 1])
+    assert in_steps == seen_by(with_pickle, [container, 1])
+    assert ("list", 2000, ["Looks"] * 3) in in_steps[0] or kind is not list
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_large_arguments_that_share_one(rows_first):
+    """A large list is full before what holds it in an attribute is made, whichever comes first."""
+    rows = [(number, str(number)) for number in range(30_000)]
+    views = [Looks() for _ in range(2000)]
+    for view in views:
+        view.held = rows
+    value = (rows, views) if rows_first else (views, rows)
+    seen, _ = seen_by(there_and_back, (value, {}))
+    assert seen == ["dumped"] * 2000 + [look(rows, 3)] * 2000
+    arrived = there_and_back((value, {}))[0]
+    views, rows = reversed(arrived) if rows_first else arrived
+    assert all(view.held is rows for view in views)
+
+
+# --- in steps -------------------------------------------------------------------------------------
+
+
 def counted(steps):
     """What the steps come to, and how many there are."""
     count = 0
@@ -460,12 +598,11 @@ def test_a_change_while_cloudpickle_dumps(small):
 
 
 def test_the_file_of_an_unpickler():
-    """A section is read as a file is: into memory, in lines, and no further than its end."""
-    source = _steps._Sections()
-    source.open(memoryview(b"abc\ndef"))
+    """Pickles are read as a file is: into memory, in lines, and no further than its end."""
+    source = _steps._Source(memoryview(b"abc\ndef"))
     into = bytearray(2)
     assert (source.readinto(memoryview(into)), into) == (2, b"ab")
     assert (source.readline(), source.readline()) == (b"c\n", b"def")
-    source.open(memoryview(b"x"))
+    source = _steps._Source(memoryview(b"x"))
     into = bytearray(b"....")
     assert (source.readinto(memoryview(into)), into) == (1, b"x...")
