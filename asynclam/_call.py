@@ -365,14 +365,14 @@ def _head_of(
     fn: Callable[..., object], shares_main: Callable[[], bool], references: dict[Any, bytes]
 ) -> bytes:
     """What a frame begins with: the pickle of a global name that leads to ``fn``, or none."""
-    if type(fn) not in _HASHABLE:
+    head = references.get(fn) if type(fn) in _HASHABLE else None
+    if head is None:
         head = _new_head(fn)
-    else:
-        if fn not in references:
+        # Not what goes by value: a closure, or the method of a list, would be kept with all it holds.
+        if head is not _BY_VALUE and type(fn) in _HASHABLE:
             if len(references) >= _MOST_REFERENCES:
                 references.clear()
-            references[fn] = _new_head(fn)
-        head = references[fn]
+            references[fn] = head
     if b"__main__" in head and not shares_main():
         return _BY_VALUE
     return head

@@ -11,6 +11,7 @@ import threading
 import traceback
 import types
 import unittest.mock
+import weakref
 
 import numpy as np
 import pytest
@@ -430,6 +431,33 @@ def test_functions_that_are_defined_again_and_again(monkeypatch):
     for fn in (jobs.echo, jobs.add, jobs.pid, jobs.echo):
         assert received(_call.Call(fn, (), {}))[0] is fn
         assert len(_call._references) <= 2
+
+
+class Captured:
+    pass
+
+
+@pytest.mark.parametrize("make", [lambda held: lambda: held, lambda held: [held].append])
+def test_functions_by_value_are_not_kept(make):
+    """Neither a closure, with all that it captures, nor a method of a list is remembered."""
+    captured = Captured()
+    gone = weakref.ref(captured)
+    call = _call.Call(make(captured), (), {})
+    call.close()
+    del call, captured
+    assert gone() is None
+
+
+def test_references_that_are_forgotten_meanwhile(monkeypatch):
+    """Another thread may forget them all, right after one was added."""
+
+    class Forgetful(dict):
+        def __setitem__(self, fn, head):
+            super().__setitem__(fn, head)
+            self.clear()
+
+    monkeypatch.setattr(_call, "_references", Forgetful())
+    assert received(_call.Call(jobs.echo, (), {}))[0] is jobs.echo
 
 
 @pytest.fixture
