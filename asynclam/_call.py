@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _pickle as pickle
 import functools
+import itertools
 import struct
 import sys
 import types
@@ -20,6 +21,7 @@ from ._errors import PayloadError, reason_of
 
 _LENGTH = struct.Struct("<I")
 _SMALL = 16 * 1024  # bytes of arguments that are sent in no time
+_MOST_TRIED = 1000  # items of an argument, each by itself, to find which cannot be pickled: 3 ms
 _MOST_IN_CHUNK = 64  # descriptors, of the 1,024 that both sides may have: several are on their way
 
 
@@ -167,7 +169,7 @@ class Call:
             except KeyboardInterrupt:
                 raise  # Ctrl-C, most likely
             except BaseException as error:  # SystemExit and CancelledError would end something else
-                raise _blame(fn, args, kwargs, flags, error, first=first) from error
+                raise _steps.run(_blame(fn, args, kwargs, flags, error, first=first)) from error
             self._refuse_many()
             if len(payload.parts) > 1 or payload.descriptors or len(payload.parts[0]) > _SMALL:
                 return
@@ -199,7 +201,7 @@ class Call:
         except (KeyboardInterrupt, GeneratorExit):
             raise  # Ctrl-C, most likely; given up
         except BaseException as error:
-            raise _blame(fn, args, kwargs, flags, error, first=first) from error
+            raise (yield from _blame(fn, args, kwargs, flags, error, first=first)) from error
         call._refuse_many()
         return call
 
@@ -410,14 +412,14 @@ def _blame(
     error: BaseException,
     *,
     first: int,
-) -> PayloadError:
-    """Names the part of the call that cannot be pickled."""
+) -> Generator[None, None, PayloadError]:
+    """Names the part of the call that cannot be pickled, which is tried in steps where it is large."""
     parts: list[tuple[str, object]] = [("the function itself", fn)]
     what = "item" if flags & _wire.CHUNK else "argument"
     parts += [(f"{what} {index}", value) for index, value in enumerate(args, first)]
     parts += [(f"argument {key}=", value) for key, value in kwargs.items()]
     for label, value in parts:
-        reason = _refusal(value)
+        reason = yield from _refusal(value)
         if reason is not None:
             return PayloadError(
                 f"{label} of {name_of(fn)} ({_describe(value)}) cannot be sent to a worker: "
@@ -426,27 +428,37 @@ def _blame(
     return PayloadError(f"the call of {name_of(fn)} cannot be sent to a worker: {reason_of(error)}")
 
 
-def _refusal(value: object) -> BaseException | None:
+def _refusal(value: object) -> Generator[None, None, BaseException | None]:
     try:
-        _payload.dumps(value).close()
-    except KeyboardInterrupt:
-        raise
+        if _steps.is_large(value):
+            payload: _payload.Payload = yield from _steps.dump_steps(value)
+        else:
+            payload = _payload.dumps(value)
+    except (KeyboardInterrupt, GeneratorExit):
+        raise  # Ctrl-C, most likely; given up
     except BaseException as error:
         return error
+    payload.close()
     return None
 
 
 def _describe(value: Any) -> str:
     kind = type(value)  # never isinstance(), which asks the value for its __class__
+    if _steps.is_large(value):
+        return f"of type {kind.__qualname__}"  # to try its items would take as long again
     if issubclass(kind, (tuple, list)):
-        for index, item in enumerate(value):
-            if _refusal(item) is not None:
+        for index, item in enumerate(itertools.islice(value, _MOST_TRIED)):
+            if _is_refused(item):
                 return f"{kind.__name__}, its item {index} is of type {type(item).__qualname__}"
     if issubclass(kind, dict):
-        for key, item in value.items():
-            if _refusal(item) is not None:
+        for key, item in itertools.islice(value.items(), _MOST_TRIED):
+            if _is_refused(item):
                 return f"dict, its item {key!r} is of type {type(item).__qualname__}"
     return f"of type {kind.__qualname__}"
+
+
+def _is_refused(item: object) -> bool:
+    return _steps.run(_refusal(item)) is not None
 
 
 def _advice(value: object) -> str:

@@ -16,7 +16,8 @@ import weakref
 import numpy as np
 import pytest
 
-from asynclam import PayloadError, _call, _errors, _payload, _raised, _wire
+from asynclam import PayloadError, SharedBuffer, _call, _errors, _payload, _raised, _steps, _wire
+from asynclam._descriptors import open_descriptors
 from asynclam._job import Job
 from tests import jobs
 
@@ -422,6 +423,38 @@ def test_which_item_is_to_blame(value, said):
     with pytest.raises(PayloadError) as caught:
         _call.Call(jobs.echo, (value,), {})
     assert said in str(caught.value)
+
+
+def test_a_large_argument_that_is_to_blame(monkeypatch):
+    """It is found in steps, too, and named without a look at its items; that can be given up."""
+    at_once = []
+    dumps = _payload.dumps
+    monkeypatch.setattr(_payload, "dumps", lambda value: (at_once.append(value), dumps(value))[1])
+    large = [*range(30_000), threading.Lock()]
+    with SharedBuffer(1) as buffer:
+        args = ([*range(30_000), buffer], 1, large)
+        refused = r"argument 2 of tests.jobs.echo \(of type list\) cannot .*lock"
+        with pytest.raises(PayloadError, match=refused):
+            _steps.run(_call.Call.steps(jobs.echo, args, {}))
+        assert at_once == [jobs.echo, 1]
+
+        before = open_descriptors()
+        steps = _call.Call.steps(jobs.echo, args, {})
+        at_once.clear()
+        while not at_once:  # until it looks for who is to blame, and begins with the function
+            next(steps)
+        while open_descriptors() == before:
+            next(steps)
+        steps.close()
+        assert open_descriptors() == before
+
+
+def test_how_many_items_are_tried(monkeypatch):
+    """It is not worth much time to say which item cannot be pickled."""
+    monkeypatch.setattr(_call, "_MOST_TRIED", 2)
+    for value in ([1, 2, threading.Lock()], {1: 1, 2: 2, 3: threading.Lock()}):
+        with pytest.raises(PayloadError, match=rf"of type {type(value).__name__}\) cannot be sent"):
+            _call.Call(jobs.echo, (value,), {})
 
 
 def test_functions_that_are_defined_again_and_again(monkeypatch):
