@@ -429,14 +429,17 @@ def _blame(
 
 
 def _refusal(value: object) -> Generator[None, None, BaseException | None]:
+    in_steps = _steps.is_large(value)
     try:
-        if _steps.is_large(value):
+        if in_steps:
             payload: _payload.Payload = yield from _steps.dump_steps(value)
         else:
             payload = _payload.dumps(value)
-    except (KeyboardInterrupt, GeneratorExit):
-        raise  # Ctrl-C, most likely; given up
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
+        if in_steps and isinstance(error, GeneratorExit):
+            raise  # given up between two steps; the user's own would be another error there
         return error
     payload.close()
     return None
