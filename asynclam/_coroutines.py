@@ -91,9 +91,7 @@ class Coroutines:
         if isinstance(begun, tuple):
             self._reply(begun)
             return
-        self._orders[number] = (
-            order  # its first step is the loop's: no task is eager outside of that
-        )
+        self._orders[number] = order  # before its first step: no task is eager outside of the loop
         self._tasks[number] = begun
         begun.add_done_callback(partial(self._ended, number))
 

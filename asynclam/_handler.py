@@ -347,7 +347,7 @@ class Handler(Generic[Event, Context, Result]):
 
         # For ever, as its loop would be closed when it is finalised, at the end at the latest.
         pythonapi.Py_IncRef(py_object((self._sandbox, self._watch)))
-        self._sandbox = self._watch = None
+        self._watch = None  # its thread is not here
         self._turn = threading.RLock()  # a thread may have had it that is not here
         self._forget()
 

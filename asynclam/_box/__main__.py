@@ -49,11 +49,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "box") -> int:
     argv = words[end + 1 :]
     if (options.handler is None) == (not argv):
         parser.error("give either a command after --, or --handler")
-    if options.handler is None:
-        if options.event or options.snapstart or options.freeze is not None:
-            parser.error("--event, --freeze and --snapstart go with --handler")
-        if options.timeout is not None or options.concurrency is not None:
-            parser.error("--timeout and --concurrency go with --handler")
+    if options.handler is None and (
+        options.event or options.snapstart or options.freeze is not None
+    ):
+        parser.error("--event, --freeze and --snapstart go with --handler")
+    if options.handler is None and (options.timeout, options.concurrency) != (None, None):
+        parser.error("--timeout and --concurrency go with --handler")
     try:
         if options.handler is not None:
             return _invoke(options)

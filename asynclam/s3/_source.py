@@ -132,7 +132,7 @@ class Source:
         """The first response, to which all others are pinned; its body is the caller's to close."""
         more = {} if wanted is None else {"Range": _header_of(wanted)}
         response: Response = await self._client.get_object(
-            **{**self._object, "ChecksumMode": "ENABLED", **more}
+            **self._object, ChecksumMode="ENABLED", **more
         )
         if etag := response.get("ETag"):
             self._pin = {"IfMatch": etag}
