@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -46,11 +47,28 @@ def client(*, max_concurrency: int = 32, **kwargs: Any) -> AbstractAsyncContextM
 def _with_sockets_of(connections: Connections, config: Any) -> Any:
     from botocore.exceptions import ParamValidationError
 
-    wanted = {"socket_factory": connections.open, **config.connector_args}
+    wanted: dict[str, Any] = {
+        "connector_args": {"socket_factory": connections.open, **config.connector_args}
+    }
+    if sys.version_info < (3, 11):  # pragma: no cover - an earlier Python
+        wanted["http_session_cls"] = _impatient(config.http_session_cls)
     try:
-        return config.merge(type(config)(connector_args=wanted))
+        return config.merge(type(config)(**wanted))
     except ParamValidationError:  # of an older aiobotocore, or of the httpx transport
         return config
+
+
+def _impatient(session: type) -> type:  # pragma: no cover - an earlier Python
+    """A session of aiohttp that closes connections over TLS without the farewell of the other side.
+
+    CPython 3.10 waits for it even where it has stopped reading, which is for ever; 3.11 for 30 seconds.
+    """
+
+    def init(self: Any, *args: Any, connector_args: dict[str, Any], **kwargs: Any) -> None:
+        args_of_connector = {**connector_args, "enable_cleanup_closed": True}
+        session.__init__(self, *args, connector_args=args_of_connector, **kwargs)  # type: ignore[misc]
+
+    return type(session.__name__, (session,), {"__init__": init})
 
 
 def _aiobotocore() -> tuple[Any, Any]:

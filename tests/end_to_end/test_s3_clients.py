@@ -12,13 +12,14 @@ from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 from aiobotocore.config import AioConfig
 from aiohttp import web
 
 from asynclam import s3
-from tests.parts.s3_objects import KIB, MIB, PATIENCE, content, is_get
+from tests.parts.s3_objects import KIB, MIB, PATIENCE, content, is_get, until
 
 if TYPE_CHECKING:
     from asynclam._demo.seaweedfs import Server
@@ -78,6 +79,21 @@ async def test_no_connection_outlives_its_client(
                 await writer.wait_closed()
         server.close()
         await server.wait_closed()
+
+
+async def test_no_connection_outlives_its_client_that_has_stopped_reading(
+    behind: Behind, bucket: str
+) -> None:
+    """As it does when a reply is longer than what is kept of it, and nobody takes it."""
+    async with behind() as (proxy, client):
+        port = urlsplit(proxy.endpoint_url).port
+        assert port
+        await s3.upload(client, bucket, "unread", content(8 * MIB))
+        reply = await client.get_object(Bucket=bucket, Key="unread")
+        protocol = reply["Body"].raw_stream.connection.protocol
+        await until(lambda: protocol._reading_paused)
+        reply["Body"].close()
+    assert not connected_to(port)
 
 
 def connected_to(port: int) -> list[int]:

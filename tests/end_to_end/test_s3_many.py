@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from asynclam import SharedBuffer, s3
 from asynclam.s3 import _budget, _many
 from asynclam.s3._budget import Budget
 from tests.end_to_end import s3_jobs
-from tests.parts.s3_objects import KIB, MIB, PATIENCE, content, held_segments, is_get
+from tests.parts.s3_objects import KIB, MIB, PATIENCE, content, held_segments, is_get, until
 from tests.parts.s3_proxy import Seen, Spoilt
 
 if TYPE_CHECKING:
@@ -65,16 +65,6 @@ async def some_turns() -> None:
     """Lets the loop run."""
     for _ in range(20):
         await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Lets the loop run until it is so."""
-
-    async def turns() -> None:
-        while not condition():
-            await asyncio.sleep(0)
-
-    await asyncio.wait_for(turns(), PATIENCE)
 
 
 async def test_a_pipeline_keeps_to_its_budget(

@@ -1,7 +1,8 @@
-"""Content for S3 objects, what a test holds of it, and rules for the proxy."""
+"""Content for S3 objects, what a test holds of it, waiting for it, and rules for the proxy."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import Callable
@@ -28,6 +29,16 @@ def held_segments() -> int:
     )
     maps = Path("/proc/self/maps").read_text().splitlines()
     return sum("asynclam" in name and "(deleted)" in name for name in [*descriptors, *maps])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Lets the loop run until it is so."""
+
+    async def turns() -> None:
+        while not condition():
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(turns(), PATIENCE)
 
 
 def is_get(request: Seen) -> bool:
