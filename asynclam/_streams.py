@@ -264,7 +264,7 @@ class _Engine:
                 source.exhausted = True
                 break
             if self.ended:
-                return
+                return  # pragma: no cover - in a frame that throw() goes on with, unseen by coverage
             source.read += 1
             self._collected.append(item)  # there meanwhile may be another list
             del item  # the next one may wait for the memory of this one

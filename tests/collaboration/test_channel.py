@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from asynclam import _descriptors, _wire, _worker
+from asynclam import _channel, _descriptors, _wire, _worker
 from asynclam._channel import Channel
 
 
@@ -87,6 +87,17 @@ def echo(sock, count):
         _worker.send_all(sock, _wire.encode(_wire.RESULT, number, [received.body]))
         if number == count - 1:
             return
+
+
+async def test_a_close_between_two_turns_of_reading(ends, monkeypatch):
+    """What has not been read by then is not read any more, and is no error."""
+    monkeypatch.setattr(_channel, "_TURN", 1)
+    _worker.send_all(ends.theirs, [*frame(1), *frame(2, bytes(100_000)), *frame(3)])
+    await ends.until(lambda: ends.frames)
+    ends.channel.close()
+    await asyncio.sleep(0)
+    assert [frame.number for frame in ends.frames] == [1, 2]
+    assert ends.reasons == []
 
 
 async def test_descriptors_both_ways(ends):

@@ -156,7 +156,7 @@ async def test_an_error_of_a_callback(s3_client: Any, bucket: str) -> None:
 
     with pytest.raises(ConnectionResetError, match="the user's"):
         await s3.download(s3_client, bucket, "callback", progress=fail)
-    assert calls == [1000]
+    assert len(calls) == 1
 
 
 async def test_what_breaks_off_always_is_an_error(behind: Behind, bucket: str) -> None:
