@@ -131,7 +131,14 @@ def signal_name(number: int) -> str:
 
 
 class WorkerStartError(AsynclamError):
-    """No worker could be started, several times in a row; its cause is the ``__cause__``."""
+    """No worker could be started, several times in a row; its cause is the ``__cause__``.
+
+    Attributes:
+        tries: how many workers have died while they ran the job, which ``options(retries=n)`` was to
+            begin again; 0 if it has not begun.
+    """
+
+    tries: int = 0
 
 
 class PayloadError(AsynclamError):

@@ -825,9 +825,9 @@ class Pool:
         for job in jobs:
             error = WorkerStartError(
                 f"no worker could be started for {job.name}, {self._failed_starts} times in a "
-                f"row: {type(cause).__name__}: {cause}; {_advice(cause)}"
+                f"row: {type(cause).__name__}: {cause}; {_advice(cause)}{_tries(job)}"
             )
-            error.__cause__ = cause
+            error.tries, error.__cause__ = job.tries, cause
             job.fail(error)
 
     # --- what workers say ------------------------------------------------------------------------
@@ -1156,6 +1156,12 @@ class Pool:
 
 def _is_in_transfer(worker: _Worker, job: Job) -> bool:
     return worker.transfer is not None and worker.jobs[-1] is job
+
+
+def _tries(job: Job) -> str:
+    if not job.tries:
+        return ""
+    return f" (it has begun before: {job.tries} of its workers died while they ran it)"
 
 
 def _bring_forward(jobs: deque[Job], frame: _wire.Frame) -> None:

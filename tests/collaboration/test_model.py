@@ -569,7 +569,7 @@ class Model(RuleBasedStateMachine):
         elif isinstance(error, ExecutorClosedError):
             assert self.killed
         elif isinstance(error, WorkerStartError):
-            assert self.runs.get(number, 0) <= self.jobs[number].tries
+            assert self.runs.get(number, 0) <= error.tries
         elif isinstance(error, PayloadError):
             assert "unreadable" in replies
         else:

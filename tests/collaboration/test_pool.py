@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import pickle
 import signal
 import socket
 
@@ -666,9 +667,25 @@ async def test_three_failed_starts(stage):
     with pytest.raises(WorkerStartError, match="3 times") as caught:
         await job.future
     assert caught.value.__cause__.errno == errno.EAGAIN
+    assert caught.value.tries == 0
     job, worker, frame = await stage.busy()
     worker.reply(frame, "the next job tries again")
     assert await job.future == "the next job tries again"
+
+
+async def test_no_worker_for_a_retry(stage):
+    """The error says that the job has begun, and how often."""
+    job, worker, frame = await stage.busy(1, Terms(retries=2))
+    worker.begin(frame.number)
+    worker.close()
+    stage.server.exited(worker)
+    for _ in range(3):
+        worker = await stage.server.worker()
+        stage.server.not_started(worker.number, errno.ENOMEM)
+        worker.close()
+    with pytest.raises(WorkerStartError, match="has begun before: 1 of its workers died") as caught:
+        await job.future
+    assert pickle.loads(pickle.dumps(caught.value)).tries == 1
 
 
 async def test_a_death_before_ready_is_a_failed_start(stage):

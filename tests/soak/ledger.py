@@ -29,6 +29,7 @@ class Ledger:
         self._outcomes = bytearray(jobs)
         self.kinds = [""] * jobs
         self.retries = bytearray(jobs)  # that each may have
+        self.tries = bytearray(jobs)  # after which there was no worker for another one
         self._history: list[tuple[int, str]] = []  # what was done to the executor, and when
         self.settled = 0
         self.kills: Counter[int] = Counter()  # deaths that were caused, by pid
@@ -79,7 +80,7 @@ class Ledger:
                 self._complain_of_two(number, *begun)
             elif outcome in (VALUE, OWN_ERROR) and not begun[0]:
                 self.complain(f"job {number} ({self.kinds[number]}) has an outcome, and not begun")
-            if outcome == NOT_STARTED and begun[0]:
+            if outcome == NOT_STARTED and begun[0] > self.tries[number]:
                 self.complain(f"job {number} ({self.kinds[number]}) was not started, and has begun")
         for pid, deaths in self.deaths.items():
             if len(deaths) > self.kills[pid]:

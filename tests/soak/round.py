@@ -181,6 +181,7 @@ class Life:
         if isinstance(error, WorkerStartError) and isinstance(
             error.__cause__, (OSError, WorkerDiedError)
         ):
+            self._book.tries[number] = error.tries
             return ledger.NOT_STARTED
         if isinstance(error, PayloadError) and _is_short(error):
             return ledger.REFUSED
