@@ -657,13 +657,18 @@ async def test_cancelling_twice(stage):
 # --- starts --------------------------------------------------------------------------------------
 
 
+async def fail_starts(stage, error):
+    """Of as many workers in a row as a pool tries."""
+    for _ in range(3):
+        worker = await stage.server.worker()
+        stage.server.not_started(worker.number, error)
+        worker.close()
+
+
 async def test_three_failed_starts(stage):
     """Three failed starts in a row fail the jobs that wait, with the cause."""
     job = stage.submit()
-    for _ in range(3):
-        worker = await stage.server.worker()
-        stage.server.not_started(worker.number, errno.EAGAIN)
-        worker.close()
+    await fail_starts(stage, errno.EAGAIN)
     with pytest.raises(WorkerStartError, match="3 times") as caught:
         await job.future
     assert caught.value.__cause__.errno == errno.EAGAIN
@@ -679,10 +684,7 @@ async def test_no_worker_for_a_retry(stage):
     worker.begin(frame.number)
     worker.close()
     stage.server.exited(worker)
-    for _ in range(3):
-        worker = await stage.server.worker()
-        stage.server.not_started(worker.number, errno.ENOMEM)
-        worker.close()
+    await fail_starts(stage, errno.ENOMEM)
     with pytest.raises(WorkerStartError, match="has begun before: 1 of its workers died") as caught:
         await job.future
     assert pickle.loads(pickle.dumps(caught.value)).tries == 1
@@ -715,10 +717,7 @@ async def test_failed_starts_while_another_worker_lives(stage):
     """Jobs wait for the workers that live, if no more can be started."""
     first, one, frame_one = await stage.busy(1)
     second = stage.submit(2)
-    for _ in range(3):
-        worker = await stage.server.worker()
-        stage.server.not_started(worker.number, errno.ENOMEM)
-        worker.close()
+    await fail_starts(stage, errno.ENOMEM)
     await idle()
     assert not second.future.done()
     one.reply(frame_one, "one")
@@ -730,10 +729,7 @@ async def test_the_last_worker_dies_when_no_other_can_be_started(stage):
     """Jobs that waited for the last worker fail with the cause of the failed starts."""
     first, one, frame_one = await stage.busy(1)
     second = stage.submit(2)
-    for _ in range(3):
-        worker = await stage.server.worker()
-        stage.server.not_started(worker.number, errno.ENOMEM)
-        worker.close()
+    await fail_starts(stage, errno.ENOMEM)
     await idle()
     one.begin(frame_one.number)
     one.close()
