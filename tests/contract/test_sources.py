@@ -159,6 +159,7 @@ def test_an_iterable_that_becomes_slow(monkeypatch):
     assert len(source.items(500)) == 1
 
 
+@pytest.mark.usefixtures("no_turns")
 def test_an_error():
     """What an iterable raises comes out, when it is made an iterator or when it is read."""
 

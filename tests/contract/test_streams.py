@@ -539,6 +539,7 @@ async def test_sync_and_async_sources_are_zipped():
     assert source.closed
 
 
+@pytest.mark.usefixtures("no_turns")
 async def test_the_limit_of_map_io():
     """``map_io`` runs at most ``limit`` coroutines at a time."""
     running = most = 0
@@ -679,6 +680,7 @@ async def test_a_source_is_not_interrupted():
     assert events == ["cancelled"]
 
 
+@pytest.mark.usefixtures("no_turns")
 async def test_a_given_limit_holds():
     """With a limit, no more is read, whatever the chunks are; all workers find some in it."""
     work, source = Measured(limit=20), Source(1000)
@@ -699,6 +701,7 @@ async def test_a_given_limit_holds():
     await stream.aclose()
 
 
+@pytest.mark.usefixtures("no_turns")
 async def test_a_slow_consumer_slows_the_source():
     """Without a limit, twice the chunks that the workers can run are read, and not more."""
     work = Measured()
