@@ -16,8 +16,13 @@ from typing import Any
 
 from ._errors import PayloadError, reason_of
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
 _LENGTH = struct.Struct("<I")
 _MOST_CAUSES = 8  # of a chain that travel as objects; the traceback shows them all
+_OUT_OF_MEMORY = pickle.dumps(MemoryError())  # in advance
 
 
 def dumps(error: BaseException, *, skip: int = 0) -> bytes:
@@ -33,8 +38,20 @@ def dumps(error: BaseException, *, skip: int = 0) -> bytes:
     error = BaseException.with_traceback(
         error, traceback
     )  # even where the class sets no attributes
+    if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
+        _let_go(traceback)
     summary = pickle.dumps((_type_name(error), _text(error), _format(error)))
     return b"".join([_LENGTH.pack(len(summary)), summary, _pickled(error)])
+
+
+def _let_go(traceback: TracebackType | None) -> None:
+    """Drops what the job has kept, without which there may be no memory to tell of it."""
+    while traceback is not None:
+        try:
+            traceback.tb_frame.clear()
+        except RuntimeError:
+            pass  # it still runs
+        traceback = traceback.tb_next
 
 
 def _type_name(error: BaseException) -> str:
@@ -68,7 +85,7 @@ def _pickled(error: BaseException) -> bytes:
     try:
         return _dump(error, whole=False)
     except BaseException:
-        return b""
+        return _OUT_OF_MEMORY if isinstance(error, MemoryError) else b""
 
 
 def _dump(obj: object, *, whole: bool) -> bytes:

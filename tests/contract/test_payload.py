@@ -648,6 +648,38 @@ def test_an_exception_of_which_nothing_can_be_pickled(monkeypatch):
     assert "its class cannot be pickled" in str(error)
 
 
+def keeps(piece):
+    raise MemoryError
+
+
+def keeps_and_explains(piece):
+    try:
+        raise MemoryError
+    except MemoryError as error:
+        raise KeyError("too much") from error
+
+
+@pytest.mark.parametrize(("job", "kind"), [(keeps, MemoryError), (keeps_and_explains, KeyError)])
+def test_memory_that_the_job_has_kept(job, kind):
+    """It is free before the MemoryError is told: else there would be none to tell of it."""
+    piece = threading.Event()
+    kept = weakref.ref(piece)
+    try:
+        job(piece)
+    except Exception as error:
+        del piece
+        body = _raised.dumps(error)  # the frame of this test, which still runs, is left alone
+        assert kept() is None
+    assert type(_raised.loads(body, "tests.job", 1)) is kind
+
+
+def test_no_memory_to_pickle_an_exception(monkeypatch):
+    """It arrives as a MemoryError all the same."""
+    monkeypatch.setattr(_raised, "_dump", unittest.mock.Mock(side_effect=MemoryError))
+    error = _raised.loads(_raised.dumps(MemoryError("of a job")), "tests.job", 1)
+    assert type(error) is MemoryError
+
+
 def interrupting():
     raise KeyboardInterrupt
 

@@ -216,6 +216,7 @@ TABLE = [
     (bad.disable_gc, [], "result", None, KEPT),
     (bad.set_recursion_limit, [200], "result", None, KEPT),
     (bad.use_up_memory, [], MemoryError, "", KEPT),
+    (bad.use_up_memory_in_small_pieces, [], MemoryError, "", KEPT),
     (bad.replace_stdout, [None], "result", None, KEPT),
     (bad.replace_stdout, [OddStream("StopIteration")], "result", None, KEPT),
     (bad.replace_stdout, [OddStream("SystemExit")], "result", None, KEPT),
