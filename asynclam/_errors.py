@@ -88,6 +88,7 @@ _CRASHES = (_signal.SIGSEGV, _signal.SIGABRT, _signal.SIGBUS, _signal.SIGFPE, _s
 
 
 # Exit codes of a worker, as in sysexits.h:
+OUT_OF_MEMORY = 69  # it had too little to go on (EX_UNAVAILABLE)
 INTERNAL_ERROR = 70  # it failed outside of a job (EX_SOFTWARE)
 CHANNEL_LOST = 71  # its channel is of no use, and not for the loop process is gone (EX_OSERR)
 _NOT_ITS_OWN = (
@@ -97,6 +98,10 @@ _NOT_ITS_OWN = (
 
 
 _EXITS = {
+    OUT_OF_MEMORY: (
+        "it had no memory left to take the job, or to tell what came of it: raise its limit "
+        "(RLIMIT_AS, ulimit -v), or let jobs hold and return less"
+    ),
     INTERNAL_ERROR: "its traceback is on stderr: please report it as a bug of asynclam",
     CHANNEL_LOST: _NOT_ITS_OWN,
 }

@@ -38,8 +38,11 @@ def dumps(error: BaseException, *, skip: int = 0) -> bytes:
     error = BaseException.with_traceback(
         error, traceback
     )  # even where the class sets no attributes
-    if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
+    if isinstance(error, MemoryError):
         _let_go(traceback)
+    elif isinstance(error.__context__, MemoryError):
+        _let_go(traceback)
+        _let_go(error.__context__.__traceback__)
     summary = pickle.dumps((_type_name(error), _text(error), _format(error)))
     return b"".join([_LENGTH.pack(len(summary)), summary, _pickled(error)])
 

@@ -29,7 +29,14 @@ from time import perf_counter_ns
 from typing import Any, NoReturn
 
 from . import _call, _context, _descriptors, _payload, _raised, _records, _steps, _wire
-from ._errors import CHANNEL_LOST, INTERNAL_ERROR, JobCancelled, PayloadError, reason_of
+from ._errors import (
+    CHANNEL_LOST,
+    INTERNAL_ERROR,
+    OUT_OF_MEMORY,
+    JobCancelled,
+    PayloadError,
+    reason_of,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -160,6 +167,8 @@ class Worker:
             pass  # the loop process is gone
         except OSError:
             code = CHANNEL_LOST
+        except MemoryError:
+            code = OUT_OF_MEMORY
         except BaseException:
             sys.excepthook(*sys.exc_info())
             code = INTERNAL_ERROR

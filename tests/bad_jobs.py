@@ -520,6 +520,13 @@ def use_up_memory_in_small_pieces():
         kept.append(bytes(100))
 
 
+def explain_used_up_memory():
+    try:
+        use_up_memory_in_small_pieces()
+    except MemoryError as error:
+        raise ValueError("too much") from error
+
+
 def _limit_memory(nbytes):
     import resource
 

@@ -654,7 +654,7 @@ def keeps(piece):
 
 def keeps_and_explains(piece):
     try:
-        raise MemoryError
+        keeps(piece)
     except MemoryError as error:
         raise KeyError("too much") from error
 

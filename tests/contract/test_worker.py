@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import threading
+import unittest.mock
 
 import pytest
 
-from asynclam import _payload, _wire, _worker
-from asynclam._errors import CHANNEL_LOST
+from asynclam import WorkerDiedError, _payload, _wire, _worker
+from asynclam._errors import CHANNEL_LOST, OUT_OF_MEMORY
 from tests.parts.processes import in_child
 
 PATIENCE = 5_000  # ms for what takes one
@@ -72,6 +73,16 @@ def test_a_lost_channel():
     channel = socket.socket()
     channel.close()
     assert in_child(serve, channel) == CHANNEL_LOST
+
+
+def test_no_memory(monkeypatch):
+    """A worker that can neither take a job nor tell of one ends, and says why."""
+    monkeypatch.setattr(_worker, "frames", unittest.mock.Mock(side_effect=MemoryError))
+    channel, theirs = socket.socketpair()
+    with channel, theirs:
+        assert in_child(serve, channel) == OUT_OF_MEMORY
+    error = WorkerDiedError("a job", pid=1, exitcode=OUT_OF_MEMORY)
+    assert "no memory left" in str(error)
 
 
 def test_no_descriptor_for_a_segment(monkeypatch):

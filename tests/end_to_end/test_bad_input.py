@@ -217,6 +217,7 @@ TABLE = [
     (bad.set_recursion_limit, [200], "result", None, KEPT),
     (bad.use_up_memory, [], MemoryError, "", KEPT),
     (bad.use_up_memory_in_small_pieces, [], MemoryError, "", KEPT),
+    (bad.explain_used_up_memory, [], ValueError, "too much", KEPT),
     (bad.replace_stdout, [None], "result", None, KEPT),
     (bad.replace_stdout, [OddStream("StopIteration")], "result", None, KEPT),
     (bad.replace_stdout, [OddStream("SystemExit")], "result", None, KEPT),
