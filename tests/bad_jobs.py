@@ -8,6 +8,7 @@ import sys
 import threading
 
 from tests.parts.gate import pass_through
+from tests.parts.processes import leave_memory
 
 ODD = {
     "StopIteration": StopIteration,
@@ -507,14 +508,15 @@ def kill_group():
 
 
 def use_up_memory():
-    """A block that is too large: what is small can be had."""
-    _limit_memory(16 << 20)
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (1, resource.getrlimit(resource.RLIMIT_AS)[1]))
     return bytearray(1 << 30)
 
 
 def use_up_memory_in_small_pieces():
     """Nothing can be had any more while somebody holds what is kept here."""
-    _limit_memory(16 << 20)
+    leave_memory(16 << 20)
     kept = []
     while True:
         kept.append(bytes(100))
@@ -525,16 +527,6 @@ def explain_used_up_memory():
         use_up_memory_in_small_pieces()
     except MemoryError as error:
         raise ValueError("too much") from error
-
-
-def _limit_memory(nbytes):
-    import resource
-
-    with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(
-        resource.RLIMIT_AS, (taken + nbytes, resource.getrlimit(resource.RLIMIT_AS)[1])
-    )
 
 
 def use_up_descriptors():

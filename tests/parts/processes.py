@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 
 
 async def ended(pid: int) -> None:
@@ -57,3 +58,11 @@ def in_child(call, *args):
         finally:
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def leave_memory(nbytes: int) -> None:
+    """From here on this process has so much address space more than it takes now, and no more."""
+    with open("/proc/self/statm") as statm:
+        taken = int(statm.read().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (taken + nbytes, hard))

@@ -9,6 +9,8 @@ import sys
 import zlib
 from time import perf_counter, perf_counter_ns
 
+from tests.parts.processes import leave_memory
+
 MARK = struct.Struct("<3Q2I")  # how often it began; when first and last, in ns; who, first and last
 _page = None
 
@@ -23,10 +25,7 @@ def initialize(path, address_space):
     with open(path, "r+b") as file:
         _page = mmap.mmap(file.fileno(), 0)
     if address_space:
-        with open("/proc/self/statm") as statm:
-            used = int(statm.read().split()[0]) * mmap.PAGESIZE
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (used + address_space, hard))
+        leave_memory(address_space)
 
 
 def _begin(number):
