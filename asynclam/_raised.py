@@ -16,10 +16,6 @@ from typing import Any
 
 from ._errors import PayloadError, reason_of
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-
 _LENGTH = struct.Struct("<I")
 _MOST_CAUSES = 8  # of a chain that travel as objects; the traceback shows them all
 _OUT_OF_MEMORY = pickle.dumps(MemoryError())  # in advance
@@ -38,17 +34,20 @@ def dumps(error: BaseException, *, skip: int = 0) -> bytes:
     error = BaseException.with_traceback(
         error, traceback
     )  # even where the class sets no attributes
-    if isinstance(error, MemoryError):
-        _let_go(traceback)
-    elif isinstance(error.__context__, MemoryError):
-        _let_go(traceback)
-        _let_go(error.__context__.__traceback__)
+    context = error.__context__
+    if isinstance(error, MemoryError) or isinstance(context, MemoryError):
+        _let_go(error)
+        _let_go(context)
     summary = pickle.dumps((_type_name(error), _text(error), _format(error)))
     return b"".join([_LENGTH.pack(len(summary)), summary, _pickled(error)])
 
 
-def _let_go(traceback: TracebackType | None) -> None:
-    """Drops what the job has kept, without which there may be no memory to tell of it."""
+def _let_go(error: BaseException | None) -> None:
+    """Drops what the job has kept, without which there may be no memory to tell of it.
+
+    As ``traceback.clear_frames`` does, which there may be no memory to import.
+    """
+    traceback = None if error is None else error.__traceback__
     while traceback is not None:
         try:
             traceback.tb_frame.clear()
