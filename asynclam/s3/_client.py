@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from contextlib import AbstractAsyncContextManager
-from importlib import import_module
 from typing import Any, TypeAlias
 
 from ._connections import Connections
+from ._session import aiobotocore, user_agent
 
 Client: TypeAlias = Any  # aiobotocore makes the classes of its clients and bodies as it runs
 
@@ -34,10 +33,12 @@ def client(*, max_concurrency: int = 32, **kwargs: Any) -> AbstractAsyncContextM
     Raises:
         ImportError: aiobotocore is not installed.
     """
-    config_class, session = _aiobotocore()
+    config_class, session = aiobotocore()
     config = config_class(**_settings(config_class, max_concurrency))
     if (users := kwargs.pop("config", None)) is not None:
         config = config.merge(users)
+    if agent := user_agent(session, config):
+        config = config.merge(config_class(user_agent=agent))
     connections = Connections()
     config = _with_sockets_of(connections, config)
     connections.client = session.create_client("s3", config=config, **kwargs)
@@ -69,33 +70,6 @@ def _impatient(session: type) -> type:  # pragma: no cover - an earlier Python
         session.__init__(self, *args, connector_args=args_of_connector, **kwargs)  # type: ignore[misc]
 
     return type(session.__name__, (session,), {"__init__": init})
-
-
-def _aiobotocore() -> tuple[Any, Any]:
-    """The configuration class, and a session: its credentials have locks, which belong to a loop."""
-    try:
-        config, session = (import_module(f"aiobotocore.{name}") for name in ("config", "session"))
-    except ModuleNotFoundError as error:
-        raise ImportError('asynclam.s3 needs aiobotocore: pip install "asynclam[s3]"') from error
-    new = session.get_session()
-    new.register_component("data_loader", _loader())
-    return config.AioConfig, new
-
-
-@functools.cache
-def _loader() -> Any:
-    """What all sessions share: the service descriptions that were loaded, some 60 ms of JSON."""
-    return import_module("aiobotocore.session").get_session().get_component("data_loader")
-
-
-def preload() -> None:
-    """What makes a first client slow, before the processes are forked that make one each."""
-    try:
-        loader = _loader()
-    except ModuleNotFoundError:
-        return  # who makes a client is told
-    for kind in ("service-2", "endpoint-rule-set-1"):
-        loader.load_service_model("s3", kind, api_version=None)
 
 
 def _settings(config_class: Any, max_concurrency: int) -> dict[str, Any]:

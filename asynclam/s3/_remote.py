@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from .._call import name_of
 from .._errors import JobExitError
 from .._memory import SharedBuffer
-from ._client import Client, client, preload
+from ._client import Client, client
 from ._download import download
+from ._session import preload
 from ._together import together
 
 preload()  # in the fork server, which imports this module for the first job: its workers share it

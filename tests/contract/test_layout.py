@@ -77,7 +77,8 @@ ARROWS = {
     "testing": {"_decorators", "_default", "_executor", "_handler"},
     # The rooms of s3, of which those behind its door are lazy, too.
     "s3._connections": set(),
-    "s3._client": {"s3._connections"},
+    "s3._session": set(),
+    "s3._client": {"s3._connections", "s3._session"},
     "s3._places": set(),
     "s3._together": {"_grace"},
     "s3._checksums": {"_memory", "s3._together"},
@@ -95,7 +96,7 @@ ARROWS = {
         "_chunks", "_memory", "_streams", "s3._budget", "s3._client", "s3._download", "s3._listing",
     },
     "s3._remote": {
-        "_call", "_errors", "_memory", "s3._client", "s3._download", "s3._together",
+        "_call", "_errors", "_memory", "s3._client", "s3._download", "s3._session", "s3._together",
     },
     "s3._processing": {
         "_chunks", "_default", "_executor", "_memory", "_streams", "s3._listing", "s3._remote",

@@ -10,13 +10,18 @@ import socket
 import sys
 import warnings
 from contextlib import nullcontext
-from datetime import datetime
+from datetime import datetime, timezone
+from email.utils import format_datetime
 from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
+from aiobotocore.config import AioConfig
 from botocore import exceptions
+from botocore.utils import parse_timestamp
+from hypothesis import given
+from hypothesis import strategies as st
 from typing_extensions import Self
 
 from asynclam import Executor, s3
@@ -29,6 +34,7 @@ from asynclam.s3 import (
     _multipart,
     _parts,
     _places,
+    _session,
     _source,
     _together,
 )  # fmt: skip
@@ -226,7 +232,6 @@ async def test_a_socket_that_nobody_closes() -> None:
 
 async def test_a_transport_that_has_no_sockets_of_its_own() -> None:
     """That of httpx takes no factory for them, and its clients can be made and left all the same."""
-    from aiobotocore.config import AioConfig
     from aiobotocore.httpxsession import HttpxSession
 
     config = AioConfig(http_session_cls=HttpxSession)
@@ -437,11 +442,11 @@ def _no_descriptor() -> tuple[int, int]:
 
 def test_preloading_without_aiobotocore(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does nothing: who makes a client is told what to install."""
-    _client._loader.cache_clear()
+    _session._loader.cache_clear()
     monkeypatch.setitem(sys.modules, "aiobotocore.session", None)
-    _client.preload()
+    _session.preload()
     monkeypatch.undo()
-    _client._loader.cache_clear()
+    _session._loader.cache_clear()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -457,3 +462,37 @@ def test_settings_of_an_aiobotocore_that_does_not_know_them_all(known: bool) -> 
     settings = _client._settings(new if known else old, 7)
     assert settings["max_pool_connections"] == 7
     assert ("warm_up_loader_caches" in settings) == known
+
+
+@given(st.datetimes(min_value=datetime(1000, 1, 1), timezones=st.just(timezone.utc)))
+def test_times_are_those_of_botocore(moment: datetime) -> None:
+    """As headers have them, and as listings do, with and without fractions of a second."""
+    parse = _session._timestamp_parser()
+    for text in (
+        format_datetime(moment, usegmt=True),
+        f"{moment:%Y-%m-%dT%H:%M:%S}Z",
+        f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03}Z",
+        f"{moment:%Y-%m-%dT%H:%M:%S.%f}Z",
+    ):
+        parsed, theirs = parse(text), parse_timestamp(text)
+        assert (parsed, parsed.tzinfo) == (theirs, theirs.tzinfo)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, 1.5, "1700000000", "2026-11-29", "2026-11-29T10:00:00+02:00", "Sun, 29 Nov 2026 10:00 GMT"],
+)  # fmt: skip
+def test_other_times_are_left_to_botocore(value: Any) -> None:
+    assert _session._timestamp_parser()(value) == parse_timestamp(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "", "GMT", "Z", "never", "Sun, 31 Feb 2026 10:00:00 GMT", "2026-13-01T10:00:00Z", "2026-11-29T10:00:00+02:00Z"],
+)  # fmt: skip
+def test_what_is_no_time_fails_as_in_botocore(value: Any) -> None:
+    with pytest.raises(Exception) as theirs:
+        parse_timestamp(value)
+    with pytest.raises(type(theirs.value)) as ours:
+        _session._timestamp_parser()(value)
+    assert str(ours.value) == str(theirs.value)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import aiobotocore
+import botocore
 import pytest
 from aiobotocore.config import AioConfig
 from aiohttp import web
@@ -124,6 +126,44 @@ async def test_a_socket_factory_of_the_user_is_kept(
         await s3.upload(client, bucket, "own", content(KIB))
         assert client.meta.config.connector_args["keepalive_timeout"] == 5
     assert made
+
+
+async def agent_of(client: Any, bucket: str) -> str:
+    """The User-Agent of a request."""
+    said: list[str] = []
+
+    def see(request: Any, **_: Any) -> None:
+        said.append(request.headers["User-Agent"].decode())
+
+    client.meta.events.register("before-send.s3.HeadBucket", see)
+    await client.head_bucket(Bucket=bucket)
+    return said[0]
+
+
+async def test_the_user_agent_says_what_is_used(s3_client_with: MakeClient, bucket: str) -> None:
+    """Each of it once, and what the user adds."""
+    async with s3_client_with(config=AioConfig(user_agent_extra="more/1")) as client:
+        agent = await agent_of(client, bucket)
+    assert agent.startswith(f"aiobotocore/{aiobotocore.__version__} ")
+    assert agent.endswith(f" botocore/{botocore.__version__} more/1")
+    assert agent.count("botocore/") == 2
+
+
+async def test_a_user_agent_of_the_user_is_kept(s3_client_with: MakeClient, bucket: str) -> None:
+    async with s3_client_with(config=AioConfig(user_agent="mine/1")) as client:
+        assert (await agent_of(client, bucket)).startswith("mine/1 ")
+
+
+@pytest.mark.parametrize("place", ["config", "environment"])
+async def test_an_id_of_the_application_is_in_the_user_agent(
+    s3_client_with: MakeClient, bucket: str, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """By which AWS's logs tell who has made a request."""
+    config = AioConfig(user_agent_appid="my-app") if place == "config" else None
+    if config is None:
+        monkeypatch.setenv("AWS_SDK_UA_APP_ID", "my-app")
+    async with s3_client_with(config=config) as client:
+        assert "app/my-app" in (await agent_of(client, bucket)).split()
 
 
 @asynccontextmanager
