@@ -1,12 +1,14 @@
-"""A real S3 server for each module, and clients of it."""
+"""Real S3 servers, and clients of them."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import ssl
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from asynclam.s3 import _download
 from tests.parts.s3_proxy import Rule, S3Proxy
 
 BUCKET = "tests"
+_ROOM = 256 << 20  # bytes, more than any test writes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,12 +63,44 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(*map(str, files))
 
 
+class Servers:
+    """A server with one bucket, with and without TLS, and another one when there is little room.
+
+    A box has 512 MB in ``/tmp``, and SeaweedFS needs more for what is deleted than a module has to write.
+    """
+
+    def __init__(self, authority: Authority) -> None:
+        self._certificate = (authority.chain_file, authority.key_file)
+        self._running = ExitStack()
+        self._server: Server | None = None
+
+    def with_room(self) -> Server:
+        """One that has at least half of a box's room; it is empty if it is another one."""
+        if shutil.disk_usage(tempfile.gettempdir()).free < _ROOM:
+            self.close()
+        if self._server is None:
+            self._server = self._running.enter_context(seaweedfs(self._certificate))
+            asyncio.run(_create_bucket(_settings_of(self._server)))
+        return self._server
+
+    def close(self) -> None:
+        """Ends it; its data are thrown away."""
+        self._server = None
+        self._running.close()
+
+
 @pytest.fixture(scope="module")
-def s3_server(authority: Authority) -> Iterator[Server]:
-    """SeaweedFS with one bucket, with and without TLS. For a module: a box has little room in /tmp."""
-    with seaweedfs((authority.chain_file, authority.key_file)) as server:
-        asyncio.run(_create_bucket(_settings_of(server)))
-        yield server
+def s3_servers(authority: Authority) -> Iterator[Servers]:
+    """For a module, whose tests share a server as long as it has room."""
+    servers = Servers(authority)
+    yield servers
+    servers.close()
+
+
+@pytest.fixture(scope="class")  # set up before it is looked at what each test leaves behind
+def s3_server(s3_servers: Servers) -> Server:
+    """SeaweedFS with a bucket, in which may be what the tests before have left."""
+    return s3_servers.with_room()
 
 
 async def _create_bucket(settings: dict[str, Any]) -> None:
