@@ -1,7 +1,7 @@
 """Sessions of aiobotocore: what clients share, and requests that take less CPU.
 
 Theory of operation. A request of botocore is some two milliseconds of Python, which is what bounds small
-objects. A fifth of it says the same each time, and is told so here by settings that botocore has for it:
+objects. A sixth of it says the same each time, and is told so here by settings that botocore has for it:
 the User-Agent is put together anew for every request, unless it is given; dates are parsed by dateutil,
 which finds out what format they have.
 """
