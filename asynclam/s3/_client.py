@@ -39,7 +39,7 @@ def client(*, max_concurrency: int = 32, **kwargs: Any) -> AbstractAsyncContextM
         config = config.merge(users)
     if agent := user_agent(session, config):
         config = config.merge(config_class(user_agent=agent))
-    connections = Connections()
+    connections = Connections(config.connector_args.get("socket_factory"))
     config = _with_sockets_of(connections, config)
     connections.client = session.create_client("s3", config=config, **kwargs)
     return connections
@@ -49,7 +49,7 @@ def _with_sockets_of(connections: Connections, config: Any) -> Any:
     from botocore.exceptions import ParamValidationError
 
     wanted: dict[str, Any] = {
-        "connector_args": {"socket_factory": connections.open, **config.connector_args}
+        "connector_args": {**config.connector_args, "socket_factory": connections.open}
     }
     if sys.version_info < (3, 11):  # pragma: no cover - an earlier Python
         wanted["http_session_cls"] = _impatient(config.http_session_cls)

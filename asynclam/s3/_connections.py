@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+SocketFactory: TypeAlias = Callable[[tuple[Any, ...]], socket.socket]
+
 _TURNS = 100  # of the loop at most; a transport over TLS takes three
 
 
 class Connections(AbstractAsyncContextManager[Any]):
-    """Makes the sockets of a client, and closes them with it.
+    """Has the sockets of a client made, and closes them with it.
+
+    Args:
+        factory: what makes a socket for an address, if the user has one.
 
     Attributes:
         client: what makes the client, to be set before this is entered.
@@ -29,13 +35,13 @@ class Connections(AbstractAsyncContextManager[Any]):
 
     client: AbstractAsyncContextManager[Any]
 
-    def __init__(self) -> None:
+    def __init__(self, factory: SocketFactory | None = None) -> None:
+        self._factory = factory or _new_socket
         self._sockets: WeakSet[socket.socket] = WeakSet()
 
     def open(self, address: tuple[Any, ...]) -> socket.socket:
         """For an address as ``getaddrinfo`` gives it; aiohttp calls it a socket factory."""
-        family, kind, protocol, *_ = address
-        made = socket.socket(family, kind, protocol)
+        made = self._factory(address)
         self._sockets.add(made)
         return made
 
@@ -64,3 +70,8 @@ class Connections(AbstractAsyncContextManager[Any]):
 
     def _open(self) -> list[socket.socket]:
         return [one for one in self._sockets if one.fileno() >= 0]
+
+
+def _new_socket(address: tuple[Any, ...]) -> socket.socket:
+    family, kind, protocol, *_ = address
+    return socket.socket(family, kind, protocol)

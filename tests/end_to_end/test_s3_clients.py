@@ -114,18 +114,19 @@ def connected_to(port: int) -> list[int]:
 async def test_a_socket_factory_of_the_user_is_kept(
     s3_client_with: MakeClient, bucket: str
 ) -> None:
-    """And every other setting of the connections."""
-    made = []
+    """And every other setting of the connections; what it has made is closed with the client."""
+    made: list[socket.socket] = []
 
     def factory(address: tuple[Any, ...]) -> socket.socket:
-        made.append(address)
-        return socket.socket(*address[:3])
+        made.append(socket.socket(*address[:3]))
+        return made[-1]
 
     config = AioConfig(connector_args={"socket_factory": factory, "keepalive_timeout": 5})
     async with s3_client_with(config=config) as client:
         await s3.upload(client, bucket, "own", content(KIB))
         assert client.meta.config.connector_args["keepalive_timeout"] == 5
     assert made
+    assert all(one.fileno() < 0 for one in made)
 
 
 async def agent_of(client: Any, bucket: str) -> str:
