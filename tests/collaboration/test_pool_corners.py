@@ -47,6 +47,24 @@ async def test_cancelling_a_coroutine_of_a_dying_worker(stage):
     assert _call.receive(frame)[1] == ("other",)
 
 
+async def test_an_outcome_of_none_of_the_coroutines_in_a_worker(stage):
+    """It is garbage as any other: all of them had begun, and fail."""
+    stage.pool._plan.limit = lambda pool: 1
+    calls = [_call.Call(coroutine_jobs.echo, (n,), {}, flags=_wire.COROUTINE) for n in range(2)]
+    coroutines = [stage.submit_call(call) for call in calls]
+    worker = await stage.ready_worker()
+    frames = [await worker.job() for _ in calls]
+    for frame in frames:
+        worker.begin(frame.number)
+    worker.send(_wire.RESULT, max(frame.number for frame in frames) + 1, result_body("whose?"))
+    assert await stage.server.killed() == worker.number
+    stage.server.exited(worker)
+    for job in coroutines:
+        with pytest.raises(WorkerDiedError) as caught:
+            await job.future
+        assert isinstance(caught.value.__cause__, _wire.ProtocolError)
+
+
 async def test_no_descriptor_is_left_for_a_worker_ahead_of_the_first_job(stage, monkeypatch):
     """There is none then; the job tries again, and starts one."""
 
