@@ -5,6 +5,7 @@ import os
 import random
 
 import numpy as np
+import numpy.random  # so that the workers' parent has it, and its state
 import pytest
 
 from asynclam import Executor
@@ -28,14 +29,14 @@ def draw():
 
 
 async def test_random_numbers(executor):
-    """A new worker draws random numbers of its own, whatever the state of the one before."""
+    """A new worker draws its own, whatever the state of the one before, or of what forks them."""
     drawn = []
-    for replaced in False, True:
+    for replaced in False, True, True:
         await executor.run_cpu(seed, 1)
         if replaced:
             executor.replace_workers()
         drawn += await executor.run_cpu(draw)
-    assert len(set(drawn)) == 4
+    assert len(set(drawn)) == 6
 
 
 async def test_state_is_that_of_the_moment(executor, monkeypatch):
