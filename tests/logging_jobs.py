@@ -131,15 +131,35 @@ def join_thread():
 
 def say_in_fork():
     """What a child that the job forks has written to a handler of its own."""
+
+    def say(pipe):
+        log.addHandler(logging.StreamHandler(pipe))
+        log.propagate = False
+        log.warning("in a child")
+
+    return _written_in_fork(say)
+
+
+def warn_in_fork():
+    """What a child that the job forks has shown of a warning."""
+
+    def show(pipe):
+        sys.stderr = pipe
+        warnings.simplefilter("always")
+        warn("in a child", UserWarning)
+
+    return _written_in_fork(show)
+
+
+def _written_in_fork(write):
     ours, theirs = os.pipe()
     pid = os.fork()
     if not pid:
-        handler = logging.StreamHandler(open(theirs, "w"))
-        log.addHandler(handler)
-        log.propagate = False
-        log.warning("in a child")
-        handler.flush()
-        os._exit(0)
+        try:
+            with open(theirs, "w") as pipe:
+                write(pipe)
+        finally:
+            os._exit(0)
     os.waitpid(pid, 0)
     os.close(theirs)
     with open(ours) as pipe:

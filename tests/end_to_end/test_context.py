@@ -481,6 +481,13 @@ def _warn_always(message, category):
     logging_jobs.warn(message, category)
 
 
+async def test_warnings_of_a_child_of_a_job():
+    """What a process warns of that a job has forked is shown there, and not in the channel."""
+    async with Executor(1, start_method="spawn") as executor:  # pytest does not record its warnings
+        assert "UserWarning: in a child\n" in await executor.run_cpu(logging_jobs.warn_in_fork)
+        assert await executor.run_cpu(jobs.echo, 1) == 1
+
+
 async def test_a_filter_by_module():
     """A filter that names the module that warns works, though it warns in a worker."""
     async with Executor(1) as executor:
